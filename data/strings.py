@@ -1,0 +1,95 @@
+r"""Think/answer strings from any text: the warm start for a model that has never boxed a prediction.
+
+    python data/strings.py --corpus C --proxy SmolLM2-135M --template v6 --count 2000 --out strings.jsonl
+    python train_ntp.py --corpus C --strings strings.jsonl --documents-per-step 0 --init SmolLM2-135M --out-dir runs/warm
+
+Each string is a position of the training text that data/filter.py found hard, in the prompt that RPT will use, and
+
+    The text ends in " so the answer". It may go on with " is", " to" or ":". Most likely " is".</think>\boxed{ is}<eos>
+
+The candidates are the proxy's most probable tokens and the true one, in random order; the box is always the truth. This
+teaches the form and what candidates are for. Finding out which one is right is left to RPT.
+"""
+import argparse
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+if __name__ == "__main__":  # the repository, not data/, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from data import speak_once
+from data.filter import find_scores, load_positions
+from data.prepare import load_corpus
+from data.prompt import build_prompt, template_ids
+from data.tokenizer import Tokenizer
+from model import GPT
+
+TAIL = 6         # tokens of the context that the thought repeats
+CANDIDATES = 3   # tokens that it weighs
+
+
+def readable(raw):
+    """Bytes -> text in quotes, with escapes for what does not print; None where a character is cut."""
+    try:
+        return json.dumps(raw.decode(), ensure_ascii=False)
+    except UnicodeDecodeError:
+        return None
+
+
+@torch.no_grad()
+def write_string(rng, model, tokenizer, context, truth, template, room):
+    """context ids and the true next id -> {"prompt", "response", "text"}, or None where a token does not print."""
+    prompt = build_prompt(context, *template, room)
+    window = torch.tensor([context[-room:]], device=model.device)
+    best = model(window)[0, -1].topk(CANDIDATES).indices.tolist()
+    candidates = list(dict.fromkeys([truth, *best]))[:CANDIDATES]
+    rng.shuffle(candidates)
+    words = [readable(tokenizer.token_bytes(id)) for id in candidates]
+    answer, tail = readable(tokenizer.token_bytes(truth)), readable(tokenizer.decode_bytes(context[-TAIL:]))
+    if None in words or answer is None or tail is None:
+        return None
+    thought = f"The text ends in {tail}. It may go on with {', '.join(words[:-1])} or {words[-1]}. Most likely {answer}."
+    response = (tokenizer.encode(thought) + tokenizer.encode("</think>", special=True)
+                + tokenizer.encode(rf"\boxed{{{json.loads(answer)}}}") + [tokenizer.eos_id])
+    return dict(prompt=prompt, response=response, text=tokenizer.decode_bytes(response).decode())
+
+
+if __name__ == "__main__":
+    sys.excepthook = speak_once
+    parser = argparse.ArgumentParser(description="Think/answer strings from the training text of a corpus.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--corpus", required=True, help="folder written by data/prepare.py and scored by data/filter.py")
+    add("--proxy", required=True, help="checkpoint that names the candidates and scored the corpus")
+    add("--out", required=True, help="JSONL file to write")
+    add("--count", type=int, default=2000, help="strings")
+    add("--template", default="v0", help="prompt of data/prompt.py: v0 to v6, or short")
+    add("--entropy-threshold", type=float, default=0.5, help="only positions above this entropy, nats")
+    add("--max-prompt-tokens", type=int, default=512, help="longer contexts lose their beginning")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    args = parser.parse_args()
+    corpus, tokenizer, rng = load_corpus(args.corpus), Tokenizer.load(args.proxy), random.Random(args.seed)
+    corpus.check(tokenizer, args.proxy)
+    template = template_ids(tokenizer, args.template)
+    positions = load_positions(corpus, find_scores(corpus, args.proxy), args.entropy_threshold, "train")
+    model = GPT.from_pretrained(args.proxy, torch.bfloat16 if args.device == "cuda" else torch.float32, args.device)
+    room = min(args.max_prompt_tokens, model.config.max_positions)
+    order = np.random.default_rng(args.seed).permutation(len(positions))[:args.count]
+    written = 0
+    with open(args.out + ".partial", "w") as file:
+        for t, start, _ in tqdm(positions[order], desc="strings", disable=None):
+            string = write_string(rng, model, tokenizer, corpus.tokens[start:t].tolist(), int(corpus.tokens[t]), template, room)
+            if string:
+                file.write(json.dumps(string, ensure_ascii=False) + "\n")
+                written, text = written + 1, string["text"]
+    if not written:
+        raise ValueError(f"{args.out}: not one of {len(order)} positions has a token that prints")
+    os.replace(args.out + ".partial", args.out)
+    print(f"{written:,} strings written to {args.out}, the last one:\n    {text}")

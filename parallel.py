@@ -1,0 +1,56 @@
+"""Data parallelism in three calls. Without torchrun every one of them does nothing.
+
+No wrapper around the model: ranks hold equal weights, each computes the gradient of its share of a batch, and the
+gradients are summed before the step. The loss is divided by a global count first, so the sum is the batch's gradient
+however many ranks there are.
+"""
+import os
+
+import torch
+import torch.distributed as dist
+
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start(device):
+    """Join the other ranks of torchrun; -> this rank's device."""
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return device
+
+
+def share(n):
+    """This rank's contiguous part of n items, as a slice; parts differ by at most one."""
+    return slice(n * RANK // WORLD, n * (RANK + 1) // WORLD)
+
+
+def sum_over_ranks(tensor):
+    """Add up a tensor over all ranks, in place."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_gradients(model):
+    """Replace every gradient by its sum over ranks. Ranks without a share bring zeros: all join every collective."""
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        sum_over_ranks(parameter.grad)
+
+
+def gather_lists(items):
+    """A list of picklable items from each rank -> all of them in the order of ranks, on every rank."""
+    lists = [items] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
+def print0(*words, **options):
+    if RANK == 0:
+        print(*words, **options, flush=True)

@@ -1,0 +1,363 @@
+"""The tokenizer against Hugging Face's `tokenizers`, on small tokenizers of each family trained here."""
+import json
+import random
+import sys
+import types
+import unicodedata
+
+import pytest
+import requests
+import tiktoken
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+from data.tokenizer import BYTE_TO_CHAR, Tokenizer, train_bpe
+
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+QWEN = CONTRACTIONS + r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = QWEN.replace(r"\p{N}|", r"\p{N}{1,3}|")
+CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|"
+          r"\s*[\r\n]|\s+(?!\S)|\s")
+SAMPLES = [
+    "Let x = 12 + 345; then 2x = 714.\n\nSo the answer is \\boxed{714}, isn't it? They're sure, I'LL check.",
+    "def f(n):\r\n    return [i ** 2 for i in range(n)]  # squares\r\n\t\tpass\n",
+    "Die Größe ist 3,5 m. Où est-ce ? Москва — столица. 数学の答えは 42 です。 한국어 각 👩‍🚀🙂🙂",
+    "<think>The next word is likely \" the\".</think>\\boxed{ the}  ",
+    "     white   space \u2003 \u00a0 runs\u2028",
+] * 3
+FRAGMENTS = [
+    *"aZé0189٣²Ⅷ=+;*\\{}'\"<>|_-ſK", " ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u2028", "\u0085", "\x1c",
+    "   x", "'s", "'S", "'ſ", "'LL", " the", "The answer", "quixotry", "\\boxed{", "12345",
+    "<think>", "<|im_end|>", "e\u0301", "\u0323\u0307", "\u1112\u1161\u11ab", "한", "数学", "ﬁ", "👩‍🚀",
+]
+# All of Unicode that has a meaning, but the marks that are newer than Hugging Face's normalisation tables.
+OLD = unicodedata.ucd_3_2_0
+CHARS = [char for char in map(chr, range(0x110000)) if unicodedata.category(char) not in ("Cn", "Cs")
+         and unicodedata.combining(char) == OLD.combining(char)]
+MARKS = [char for char in CHARS if unicodedata.combining(char)]
+
+
+def random_text(rng):
+    kinds = [FRAGMENTS] * 5 + [CHARS, CHARS, MARKS, [chr(i) for i in range(128)]]
+    return "".join(rng.choice(rng.choice(kinds)) for _ in range(rng.randint(1, 25)))
+
+
+RNG = random.Random(0)
+TEXTS = SAMPLES[:5] + ["", " ", "\n", "0", " 5", "  5", "a  5\n 6"] + [random_text(RNG) for _ in range(3000)]
+
+
+def split(pattern, behavior="isolated"):
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behavior), byte_level])
+
+
+def byte_level():
+    return pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def trained(pre_tokenizer, normalizer=None, alphabet=None, special=("<|im_end|>",)):
+    """-> the content of a tokenizer.json, trained on SAMPLES."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoders.ByteLevel()
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if alphabet is None else alphabet
+    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, special_tokens=list(special),
+                                  show_progress=False)
+    tokenizer.train_from_iterator(SAMPLES, trainer)
+    tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+    return json.loads(tokenizer.to_str())
+
+
+def llama3():
+    """Llama-3's traits: ignore_merges, and a whole word in the vocabulary that no merge reaches."""
+    source = trained(split(LLAMA3))
+    vocab = source["model"]["vocab"]
+    vocab["quixotry"] = len(vocab)
+    source["model"]["ignore_merges"] = True
+    for token in source["added_tokens"]:
+        token["id"] += token["content"] not in vocab  # <think> and </think> make room for the new word
+    return source
+
+
+def smollm2():
+    digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level()])
+    missing = {4, 6, 0x13, 0x14, 0x16, 0x1D, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)}  # as in SmolLM2
+    return trained(digits, alphabet=[char for byte, char in BYTE_TO_CHAR.items() if byte not in missing])
+
+
+FAMILIES = {
+    "gpt2": lambda: trained(byte_level()),
+    "smollm2": smollm2,
+    "qwen": lambda: trained(split(QWEN), normalizers.NFC()),
+    "llama3": llama3,
+    "leftovers": lambda: trained(split(r"\p{L}+")),  # the pattern does not cover digits, spaces, punctuation
+}
+
+
+@pytest.fixture(scope="module")
+def sources():
+    return {name: build() for name, build in FAMILIES.items()}
+
+
+def write(folder, source, **config):
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(source))
+    if config:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def oracle(source):
+    """Hugging Face without added tokens: everything is plain text, as for encode(special=False)."""
+    return tokenizers.Tokenizer.from_str(json.dumps(source | {"added_tokens": []}))
+
+
+def assert_same_ids(ours, theirs, texts):
+    compared = 0
+    for text, encoding in zip(texts, theirs.encode_batch(texts, add_special_tokens=False)):
+        normal = unicodedata.normalize("NFC", text) if ours.nfc else text
+        try:
+            ids = ours.encode(text)
+        except ValueError:  # a missing byte: Hugging Face drops it
+            assert len(ours.decode_bytes(encoding.ids)) < len(normal.encode())
+            continue
+        assert ids == encoding.ids, repr(text)
+        assert ours.decode_bytes(ids) == normal.encode()
+        compared += 1
+    return compared
+
+
+@pytest.fixture
+def fake_corpus(monkeypatch):
+    corpus = types.ModuleType("data.corpus")
+    corpus.tokenizer_corpus = lambda: SAMPLES
+    monkeypatch.setitem(sys.modules, "data.corpus", corpus)
+
+
+@pytest.fixture
+def fake_cl100k(monkeypatch, sources, tmp_path):
+    """What tiktoken would download, small: cl100k_base's pattern, and its gap before the special tokens."""
+    ranks = Tokenizer.load(write(tmp_path / "ranks", sources["gpt2"])).ranks
+    ranks |= {b"quixotry": 599}  # like some of cl100k_base's, out of reach of merging
+    special = {"<|endoftext|>": 600, "<|fim_prefix|>": 603}
+    encoding = tiktoken.Encoding("fake", pat_str=CL100K, mergeable_ranks=ranks, special_tokens=special)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    return encoding
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ids_equal_those_of_hugging_face(sources, tmp_path, family):
+    ours, theirs = Tokenizer.load(write(tmp_path, sources[family])), oracle(sources[family])
+    compared = assert_same_ids(ours, theirs, TEXTS)
+    assert compared == len(TEXTS) if family != "smollm2" else 2000 < compared < len(TEXTS)
+
+
+def test_white_space_before_a_digit_is_a_piece_of_its_own(sources, tmp_path):
+    smollm2 = Tokenizer.load(write(tmp_path, sources["smollm2"]))
+    pieces = [smollm2.token_bytes(id) for id in smollm2.encode("a   5 12")]
+    assert b"".join(pieces) == b"a   5 12" and [b"5", b" ", b"1", b"2"] == pieces[-4:]
+
+
+def test_special_texts_in_a_document_stay_plain_text(sources, tmp_path):
+    qwen = Tokenizer.load(write(tmp_path, sources["qwen"]))
+    text = "x<|im_end|><think>y</think>"  # one marked special, two added without the mark, as in Qwen3
+    assert not set(qwen.encode(text)) & set(qwen.special.values())
+    x, y = qwen.encode("x"), qwen.encode("y")
+    ids = [qwen.special[name] for name in ("<|im_end|>", "<think>", "</think>")]
+    assert qwen.encode(text, special=True) == [*x, *ids[:2], *y, ids[2]]
+    assert all(qwen.decode_bytes(qwen.encode(text, special)) == text.encode() for special in (False, True))
+
+
+def test_special_tokens_in_a_prompt_are_found_before_nfc(sources, tmp_path):
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(sources["qwen"]))
+    ours = Tokenizer.load(write(tmp_path, sources["qwen"]))
+    # NFC would melt ">" and U+0338 into one character if it came before the split.
+    for text in ["<think>\u0338", "<|im_end|>e\u0301</think>", *(t + "<think>" + t for t in TEXTS[:500])]:
+        assert ours.encode(text, special=True) == theirs.encode(text).ids, repr(text)
+
+
+def test_the_longer_of_two_special_tokens_wins(sources, tmp_path):
+    source = trained(byte_level(), special=("<|a|>", "<|a|><|b|>"))
+    ours = Tokenizer.load(write(tmp_path, source))
+    assert ours.encode("<|a|><|b|>", special=True) == [1]
+
+
+def test_added_token_that_merges_make_too_is_still_merged_in_plain_text(sources, tmp_path):
+    source = json.loads(json.dumps(sources["gpt2"]))
+    again = dict(content="an", id=source["model"]["vocab"]["an"])
+    source["added_tokens"].append(source["added_tokens"][-1] | again)
+    ours = Tokenizer.load(write(tmp_path, source))
+    assert ours.encode("an") == ours.encode("an", special=True) == [ours.special["an"]]
+    assert_same_ids(ours, oracle(source), TEXTS[:300])
+
+
+def test_missing_byte_is_named_and_not_dropped(sources, tmp_path):
+    smollm2 = Tokenizer.load(write(tmp_path, sources["smollm2"]))
+    with pytest.raises(ValueError, match="0x06 at offset 3 "):
+        smollm2.encode("é \x06 x")
+    with pytest.raises(ValueError, match="0x06 at offset 8 "):
+        smollm2.encode("<think>a\x06", special=True)
+    with pytest.raises(ValueError, match=f"token id {smollm2.vocab_size} "):  # tiktoken has such a byte here
+        smollm2.token_bytes(smollm2.vocab_size)
+
+
+def test_lone_surrogate_is_refused_and_not_replaced(sources, tmp_path):
+    with pytest.raises(ValueError, match="position 2"):
+        Tokenizer.load(write(tmp_path, sources["gpt2"])).encode("ab\ud800")
+
+
+def test_half_a_character_comes_back_as_raw_bytes(sources, tmp_path):
+    gpt2 = Tokenizer.load(write(tmp_path, sources["gpt2"]))
+    ids = gpt2.encode("\U00010300")  # not in the samples: four tokens of one byte
+    assert [gpt2.token_bytes(id) for id in ids] == [b"\xf0", b"\x90", b"\x8c", b"\x80"]
+    with pytest.raises(UnicodeDecodeError):
+        gpt2.token_bytes(ids[0]).decode()
+
+
+NUMBERS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=False), byte_level()])
+
+
+def lowercase(source): source["normalizer"] = {"type": "Lowercase"}
+def wordpiece(source): source["model"]["type"] = "WordPiece"
+def dropout(source): source["model"]["dropout"] = 0.1
+def suffix(source): source["model"]["end_of_word_suffix"] = "</w>"
+def no_steps(source): source["pre_tokenizer"] = None
+def whole_numbers(source): source["pre_tokenizer"] = json.loads(NUMBERS.__getstate__())
+def whitespace(source): source["pre_tokenizer"] = {"type": "Whitespace"}
+def prefix_space(source): source["pre_tokenizer"]["add_prefix_space"] = True
+def removed(source): source["pre_tokenizer"] = json.loads(split(r"\s+", "removed").__getstate__())
+def swapped_merges(source): source["model"]["merges"][5:7] = source["model"]["merges"][6:4:-1]
+def unmade_token(source): source["model"]["vocab"]["qqqq"] = 499
+def foreign_letter(source): source["model"]["vocab"]["▁the"] = 499
+def repeated_id(source): source["model"]["vocab"]["an"] = source["model"]["vocab"]["hi"]
+def strip(source): source["added_tokens"][-1]["lstrip"] = True
+def renumbered(source): source["added_tokens"][-1]["id"] += 5
+
+
+@pytest.mark.parametrize("spoil, field", [
+    (lowercase, "normalizer"), (wordpiece, "model.type"), (dropout, "model.dropout"),
+    (suffix, "model.end_of_word_suffix"), (no_steps, "pre_tokenizer"), (whitespace, "pre_tokenizer"),
+    (prefix_space, "pre_tokenizer"), (removed, "pre_tokenizer"), (swapped_merges, "model.merges"),
+    (unmade_token, "model.vocab"), (foreign_letter, "model.vocab"),
+    (repeated_id, "model.vocab: two tokens have the same id"),
+    (whole_numbers, "pre_tokenizer"), (strip, "added_tokens"), (renumbered, "added_tokens"),
+])
+def test_what_cannot_be_converted_exactly_is_refused_by_field(sources, tmp_path, spoil, field):
+    source = json.loads(json.dumps(sources["gpt2"]))
+    if spoil in (unmade_token, foreign_letter):
+        del source["added_tokens"][1:]  # keeps the added ids in step with the larger vocabulary
+    spoil(source)
+    with pytest.raises(ValueError, match=f"tokenizer.json: {field}") as error:
+        Tokenizer.load(write(tmp_path, source))
+    assert "\n" not in str(error.value)
+
+
+def test_unreachable_token_needs_ignore_merges(sources, tmp_path):
+    source = json.loads(json.dumps(sources["llama3"]))
+    assert len(Tokenizer.load(write(tmp_path, source)).encode("quixotry")) == 1
+    source["model"]["ignore_merges"] = False
+    with pytest.raises(ValueError, match="model.vocab: no merge makes 'quixotry'"):
+        Tokenizer.load(write(tmp_path, source))
+
+
+def test_load_errors_say_what_to_do(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="'gpt-2': no such folder, and not one of embedded, .*gpt2"):
+        Tokenizer.load("gpt-2")
+    with pytest.raises(FileNotFoundError, match="no tokenizer.json"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match="is not JSON"):
+        Tokenizer.load(tmp_path)
+
+    def offline(name):
+        raise requests.exceptions.ConnectionError("Max retries exceeded")
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(ValueError, match="TIKTOKEN_CACHE_DIR"):
+        Tokenizer.load("gpt2")
+
+
+def test_config_names_the_eos_before_any_guess(sources, tmp_path):
+    load = lambda **config: Tokenizer.load(write(tmp_path, sources["qwen"], **config))
+    assert load().eos_id == 0  # <|im_end|> is a known one
+    assert load(eos_token="</think>").eos_id == load().special["</think>"]
+    assert load(eos_token={"content": "<think>"}).eos_id == load().special["<think>"]
+    with pytest.raises(ValueError, match="tokenizer_config.json: eos_token: '</s>'"):
+        load(eos_token="</s>")
+    nameless = Tokenizer.load(write(tmp_path / "nameless", trained(byte_level(), special=())))
+    with pytest.raises(ValueError, match="no known end of text"):
+        nameless.eos_id
+
+
+def test_loaded_folder_is_saved_byte_for_byte_after_it_moved(sources, tmp_path):
+    source = write(tmp_path / "source", sources["qwen"], eos_token="</think>", model_max_length=8192)
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    tokenizer = Tokenizer.load(source)
+    names = sorted(path.name for path in source.iterdir())
+    contents = [(source / name).read_bytes() for name in names]
+    source.rename(tmp_path / "moved")
+    tokenizer.save(tmp_path / "copy")
+    assert [(tmp_path / "copy" / name).read_bytes() for name in names] == contents
+    again = Tokenizer.load(tmp_path / "copy")
+    assert (again.fingerprint, again.eos_id) == (tokenizer.fingerprint, tokenizer.eos_id)
+
+
+def test_every_difference_changes_the_fingerprint(sources, tmp_path):
+    def fingerprint(change=lambda source: None, **config):
+        source = json.loads(json.dumps(sources["qwen"]))
+        change(source)
+        return Tokenizer.load(write(tmp_path, source, **config)).fingerprint
+
+    def no_nfc(source): source["normalizer"] = None
+    def other_pattern(source): source["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = LLAMA3
+    def fewer_special(source): source["added_tokens"].pop()
+    def fewer_ranks(source): source["model"]["vocab"].pop("".join(source["model"]["merges"].pop()))
+    def without_added(source): del source["added_tokens"][1:]
+    def without_added_and_rank(source): without_added(source), fewer_ranks(source)
+
+    changes = [no_nfc, other_pattern, fewer_special, without_added, without_added_and_rank]
+    assert len({fingerprint(), *map(fingerprint, changes)}) == 1 + len(changes)
+    assert fingerprint() == fingerprint(eos_token="</think>")  # the same ids, another end
+
+
+def test_embedded_saved_and_loaded_is_the_same_here_and_in_hugging_face(fake_corpus, tmp_path):
+    embedded = Tokenizer.load("embedded")
+    embedded.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.fingerprint == embedded.fingerprint == Tokenizer.load("embedded").fingerprint
+    assert again.eos_id == embedded.eos_id == embedded.special["<|end|>"] == embedded.vocab_size - 1
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in TEXTS:
+        assert again.encode(text) == embedded.encode(text)
+        assert embedded.encode(text, special=True) == theirs.encode(text).ids, repr(text)
+    plain = oracle(json.loads((tmp_path / "tokenizer.json").read_text()))
+    assert assert_same_ids(embedded, plain, TEXTS) == len(TEXTS)
+
+
+def test_named_encoding_keeps_its_pattern_and_its_id_gaps_in_hugging_face(fake_cl100k, tmp_path):
+    named = Tokenizer.load("cl100k_base")
+    named.save(tmp_path / "saved")
+    again = Tokenizer.load(tmp_path / "saved")
+    assert again.fingerprint == named.fingerprint and again.eos_id == named.eos_id == 600
+    assert again.vocab_size == named.vocab_size == 604
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json"))
+    for text in [*TEXTS, "1234567", "quixotry", "x<|endoftext|>y<|fim_prefix|>"]:
+        assert named.encode(text) == again.encode(text) == fake_cl100k.encode_ordinary(text)
+        assert named.encode(text, special=True) == theirs.encode(text).ids, repr(text)
+    with pytest.raises(ValueError, match="token id 601 "):  # in the gap
+        named.token_bytes(601)
+
+
+def test_embedded_keeps_digits_and_punctuation_apart_and_boxed_together(fake_corpus):
+    embedded = Tokenizer.load("embedded")
+    pieces = [embedded.token_bytes(id) for id in embedded.encode("the answer =; +12*\\boxed{7}")]
+    assert pieces == b"the| answer| |=|;| |+|1|2|*|\\boxed{|7|}".split(b"|")
+
+
+def test_bpe_merges_computed_by_hand():
+    # "ab" x3 and " ab" x2: a+b is seen 5 times, then " "+"ab" twice; nothing joins across words or digits.
+    ranks = train_bpe(["ab", "ab", "ab12 ab12 ab"], vocab_size=512)
+    assert {token: id for token, id in ranks.items() if id >= 256} == {b"ab": 256, b" ab": 257}
+    # All pairs once: ties go to the larger bytes, so "cd" comes before "ab", and " cd" last.
+    ranks = train_bpe(["ab cd"], vocab_size=512)
+    assert {token: id for token, id in ranks.items() if id >= 256} == {b"cd": 256, b"ab": 257, b" cd": 258}

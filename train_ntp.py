@@ -1,0 +1,212 @@
+"""Next-token prediction: the base that RPT starts from, the warm start, and the control it is compared with.
+
+    python train_ntp.py --corpus C --out-dir runs/base                                  from scratch (about 1 M parameters)
+    python train_ntp.py --corpus C --out-dir runs/warm --init DIR --strings S.jsonl --documents-per-step 0
+                                                                       warm start: learn the form <think>..</think>\\boxed{..}
+    python train_ntp.py --corpus C --out-dir runs/control --init DIR --match-compute runs/rpt
+                                                                       control: plain text for as many FLOPs as that RPT run
+
+A step sees documents and, if given, think/answer strings (data/strings.py makes them from any text): a prompt without
+loss, a response with loss. The loss is the mean over all target tokens of the step, whatever the micro-batches and
+ranks. torchrun --standalone --nproc_per_node=8 works as it does for train_rpt.py.
+"""
+import argparse
+import json
+import math
+import os
+import sys
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import parallel
+from checkpoint import append, catch_interrupts, checkpoint_to_resume, load_trainer, open_run, save_checkpoint
+from data import speak_once
+from data.prepare import load_corpus
+from data.tokenizer import Tokenizer
+from kernels.attention import make_layout
+from kernels.logprob import logprob
+from model import GPT, GPTConfig
+from parallel import print0
+
+# The small model of `python train_rpt.py`: enough to think one step at a time, too shallow to think five at once.
+SMALL = dict(width=128, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=32, ffn_width=384, max_positions=256)
+
+
+def shuffled(n, start, count, seed):
+    """Items start .. start + count of an endless walk over range(n), every round in a new order -> (count,) int64."""
+    rounds = range(start // n, (start + count - 1) // n + 1)
+    walk = np.concatenate([np.random.default_rng((seed, r)).permutation(n) for r in rounds]) if count else np.zeros(0, int)
+    return walk[start - rounds.start * n:][:count]
+
+
+def document_sequences(corpus, indices, end_id, max_tokens, problem_weight, rng):
+    """Documents -> [(prompt ids, response ids, weights)]; the whole text is 'response' to its first token."""
+    sequences = []
+    for start, solution, end, _ in corpus.docs[indices]:
+        ids = [*corpus.tokens[start:end].tolist(), end_id]
+        weights = [problem_weight] * (solution - start) + [1.0] * (len(ids) - solution + start)
+        first = int(rng.integers(max(len(ids) - max_tokens, 0) + 1))   # a long document gives a window of itself
+        ids, weights = ids[first:first + max_tokens], weights[first:first + max_tokens]
+        sequences.append((ids[:1], ids[1:], weights[1:]))
+    return sequences
+
+
+def read_strings(path, vocab_size):
+    """Think/answer strings, one {"prompt": ids, "response": ids} a line -> [(prompt, response, weights)]."""
+    strings = []
+    with open(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+                prompt, response = record["prompt"], record["response"]
+                assert prompt and response and 0 <= min(prompt + response) and max(prompt + response) < vocab_size
+            except (ValueError, KeyError, TypeError, AssertionError):
+                raise ValueError(f"{path} line {number}: expected an object with 'prompt' and 'response', non-empty lists "
+                                 f"of ids below {vocab_size}; data/strings.py writes such files") from None
+            strings.append((prompt, response, [1.0] * len(response)))
+    return strings
+
+
+def micro_batches(groups, tokens, size):
+    """Cut a list of groups into runs of at most `tokens` tokens (but at least one group); size(group) -> its tokens."""
+    batch, total = [], 0
+    for group in groups:
+        if batch and total + size(group) > tokens:
+            yield batch
+            batch, total = [], 0
+        batch.append(group)
+        total += size(group)
+    if batch:
+        yield batch
+
+
+def weighted_loss(model, sequences):
+    """[(prompt, response, weights)] -> the sum over response tokens of weight x negative log-likelihood, in nats."""
+    device = model.device
+    layout = make_layout([(len(prompt), [len(response)]) for prompt, response, _ in sequences], device)
+    tokens = torch.tensor([t for prompt, response, _ in sequences for t in prompt + response], device=device)
+    weights = torch.tensor([w for _, _, weights in sequences for w in weights], device=device)
+    hidden = model.packed_hidden(tokens, layout)[layout.predict_rows]                    # (S, D)
+    logprobs, _ = logprob(hidden, model.head, tokens[layout.response_rows])              # (S,)
+    return -(weights * logprobs).sum()
+
+
+def ntp_step(model, optimizer, sequences, tokens_per_micro_batch, grad_clip):
+    """One update on this rank's share of `sequences` -> loss (nats per weighted token), gradient norm."""
+    total = sum(sum(weights) for _, _, weights in sequences)                             # of all ranks: one normaliser
+    loss = torch.zeros((), device=model.device)
+    optimizer.zero_grad()
+    size = lambda sequence: len(sequence[0]) + len(sequence[1])
+    for batch in micro_batches(sequences[parallel.share(len(sequences))], tokens_per_micro_batch, size):
+        part = weighted_loss(model, batch) / total
+        part.backward()
+        loss += part.detach()
+    parallel.sum_gradients(model)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
+    if not math.isfinite(grad_norm):
+        raise ValueError(f"gradient norm is {grad_norm}: the update was not applied; lower --lr")
+    optimizer.step()
+    return parallel.sum_over_ranks(loss).item(), grad_norm
+
+
+def learning_rate(step, args):
+    """Linear warm-up, constant, linear to zero over the second half."""
+    return args.lr * min(1, (step + 1) / args.warmup_steps, 2 * (args.steps - step) / args.steps)
+
+
+def flops_of_run(run):
+    """FLOPs an RPT run has spent on sampling and training, from its metrics.jsonl."""
+    with open(f"{run}/metrics.jsonl") as file:
+        return sum(json.loads(line)["flops"] for line in file)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Next-token prediction: base model, warm start, control.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--corpus", required=True, help="folder written by data/prepare.py")
+    add("--out-dir", required=True, help="folder of this run")
+    add("--init", default=None, help="checkpoint folder to start from; none: a small model at random")
+    add("--strings", default=None, help="JSONL of think/answer strings (data/strings.py)")
+    add("--steps", type=int, default=1000, help="updates")
+    add("--match-compute", default=None, metavar="RUN", help="instead of --steps: as many FLOPs as this RPT run has spent")
+    add("--documents-per-step", type=int, default=48, help="documents in an update")
+    add("--strings-per-step", type=int, default=48, help="strings in an update, if there are any")
+    add("--max-tokens", type=int, default=256, help="a longer document gives a random window of this many tokens")
+    add("--problem-weight", type=float, default=1.0, help="loss weight of tokens before the solution; the others weigh 1")
+    add("--lr", type=float, default=3e-3, help="peak learning rate of AdamW(0.9, 0.95)")
+    add("--warmup-steps", type=int, default=50, help="updates")
+    add("--grad-clip", type=float, default=1.0, help="largest gradient norm")
+    add("--tokens-per-micro-batch", type=int, default=16384, help="bounds memory; changes nothing else")
+    add("--save-every", type=int, default=200, help="updates between checkpoints")
+    add("--resume", action="store_true", help="continue the run in --out-dir, if there is one")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.excepthook = speak_once
+    args = parse_args()
+    device = parallel.start(args.device)
+    corpus = load_corpus(args.corpus)
+    train_docs = np.flatnonzero(corpus.docs[:, 3] == 0)
+    checkpoint = checkpoint_to_resume(args)
+    source = checkpoint or args.init
+    tokenizer = Tokenizer.load(source or f"{args.corpus}/tokenizer")
+    corpus.check(tokenizer, source or args.corpus)
+    torch.manual_seed(args.seed)
+    model = GPT.from_pretrained(source) if source else GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **SMALL))
+    model.compute_dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    step = load_trainer(checkpoint, optimizer)["step"] if checkpoint else 0
+    strings = read_strings(args.strings, model.config.vocab_size) if args.strings else []
+    n_documents, n_strings = args.documents_per_step, args.strings_per_step if strings else 0
+    if n_documents + n_strings == 0:
+        raise ValueError("nothing to train on: --documents-per-step is 0 and there are no --strings")
+    max_tokens = min(args.max_tokens, model.config.max_positions)
+    parameters = sum(p.numel() for p in model.parameters())
+
+    def batch(step):
+        """The sequences of one update: a function of the seed and the step."""
+        rng = np.random.default_rng((args.seed, step))
+        documents = train_docs[shuffled(len(train_docs), step * n_documents, n_documents, args.seed)]
+        chosen = shuffled(len(strings), step * n_strings, n_strings, args.seed) if n_strings else []
+        return (document_sequences(corpus, documents, tokenizer.eos_id, max_tokens, args.problem_weight, rng)
+                + [strings[i] for i in chosen])
+
+    count = lambda sequences: sum(len(prompt) + len(response) for prompt, response, _ in sequences)
+    if args.match_compute:
+        budget = flops_of_run(args.match_compute)
+        args.steps = max(1, round(budget / (6 * parameters * count(batch(0)))))
+        print0(f"{args.match_compute} spent {budget:.2e} FLOPs; that is {args.steps} steps here")
+    if parallel.RANK == 0:
+        open_run(args, checkpoint)
+    print0(f"{parameters:,} parameters, {len(train_docs):,} documents, {len(strings):,} strings, steps {step} to {args.steps}")
+    interrupted = catch_interrupts()
+    bar = tqdm(range(step, args.steps), initial=step, total=args.steps, desc="ntp", disable=None if parallel.RANK == 0 else True)
+    for step in bar:
+        start = time.perf_counter()
+        sequences = batch(step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        loss, grad_norm = ntp_step(model, optimizer, sequences, args.tokens_per_micro_batch, args.grad_clip)
+        seconds, tokens = time.perf_counter() - start, count(sequences)
+        bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tok/s")
+        stop = any(parallel.gather_lists([bool(interrupted)]))
+        if parallel.RANK == 0:
+            record = dict(step=step + 1, loss=loss, grad_norm=grad_norm, lr=group["lr"], train_tok_s=tokens / seconds,
+                          tokens=tokens, flops=6 * parameters * tokens, dt_train=seconds)
+            append(f"{args.out_dir}/metrics.jsonl", [record])
+            if stop or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+                save_checkpoint(args.out_dir, step + 1, model, tokenizer, optimizer)
+            if (step + 1) % 100 == 0 and bar.disable:
+                print(f"step {step + 1:05d}/{args.steps:05d} | loss {loss:.3f} | {tokens / seconds:,.0f} tok/s", flush=True)
+        if stop:
+            print0(f"\nstopped after step {step + 1} and saved; the same command with --resume continues")
+            sys.exit(130)
+    print0(f"done: {args.out_dir}/step_{args.steps:06d}")

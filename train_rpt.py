@@ -1,0 +1,295 @@
+"""Reinforcement Pre-Training (arXiv 2506.08007): think, predict what follows, be right.
+
+    python train_rpt.py                                                            the whole story in ten minutes: demo.py
+    python train_rpt.py --init DIR --corpus C --out-dir runs/rpt --template v6     your model and text (README.md)
+    torchrun --standalone --nproc_per_node=8 train_rpt.py --init DIR ...           on eight GPUs: the same update
+
+Every step, top to bottom at the end of this file:
+    ROLLOUT     take B positions in the corpus; the context is the prompt; sample G thoughts with a prediction for each
+    REWARD      1 if the predicted bytes are what really follows, up to the end of a token; else 0      (reward.py, eq. 3)
+    ADVANTAGE   reward minus the mean reward of the G rollouts of the same position
+    UPDATE      policy gradient on the response tokens, once per batch: exactly on-policy             (GRPO, eq. 4)
+    LOG         one line, metrics.jsonl, samples.jsonl
+
+What the paper leaves open, and our choice: advantages are not divided by their standard deviation
+(--normalize-advantage does), the loss is a mean over all response tokens of the batch, and "gradient clip 0.2" is read
+as the norm of the gradient. On-policy the loss is about 0 by construction; watch `reward` and `grad_norm`.
+"""
+import argparse
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import parallel
+from checkpoint import append, catch_interrupts, checkpoint_to_resume, load_trainer, open_run, save_checkpoint
+from data import speak_once
+from data.filter import find_scores, load_positions
+from data.prepare import load_corpus
+from data.prompt import build_prompt, stop_ids, template_ids
+from data.tokenizer import Tokenizer
+from kernels.attention import make_layout
+from kernels.logprob import logprob
+from model import GPT
+from parallel import print0
+from reward import extract_prediction, prefix_match
+from sample import generate
+from train_ntp import micro_batches, shuffled
+
+TRUTH_TOKENS = 32                            # true tokens a prediction may cover; the paper does not say
+SAMPLES_LOGGED = 2                           # rollouts written to samples.jsonl each step
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bf16, dense; mfu is 0 on hardware not listed
+
+
+@dataclass
+class Question:
+    """A position in the corpus: what the model sees, and what really follows."""
+    prompt: list        # token ids: template, context, template
+    truth: list         # raw bytes of each of the next tokens of the document
+
+
+@dataclass
+class Group:
+    """G rollouts of one question."""
+    question: Question
+    rollouts: list
+    predictions: list   # bytes in the box, or None
+    rewards: list
+
+
+def make_question(corpus, tokenizer, position, template, room):
+    """position: (t, document start, document end) -> Question. A context above `room` tokens loses its beginning."""
+    t, start, end = position
+    truth = [tokenizer.token_bytes(int(id)) for id in corpus.tokens[t:min(end, t + TRUTH_TOKENS)]]
+    return Question(build_prompt(corpus.tokens[start:t].tolist(), *template, room), truth)
+
+
+def score(tokenizer, question, rollouts):
+    """Rollouts of one question -> Group with a prediction and a reward for each."""
+    predictions = [extract_prediction(tokenizer.decode_bytes(r.tokens)) for r in rollouts]
+    return Group(question, rollouts, predictions, [prefix_match(p, question.truth) for p in predictions])
+
+
+def group_advantages(rewards, normalize=False):
+    """(N, G) rewards -> (N, G) advantages of each rollout against its own group of G."""
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    if normalize:  # with 0/1 rewards this gives one hit in eight a weight of 2.5 instead of 0.9
+        advantages = advantages / (rewards.std(dim=1, keepdim=True) + 1e-6)
+    return advantages
+
+
+def policy_loss(logprobs, old_logprobs, advantages, clip):
+    """(S,) each, one entry per response token -> loss of each token, and whether its ratio was clipped.
+
+    In the first update of a batch the ratio is 1 and the gradient is advantage x grad logprob: REINFORCE.
+    """
+    ratio = (logprobs - old_logprobs).exp()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return -torch.minimum(ratio * advantages, clipped * advantages), ratio != clipped
+
+
+def forward_groups(model, groups, temperature):
+    """Groups -> logprobs and entropy of their response tokens under the model, (S,) each; the prompt runs once."""
+    layout = make_layout([(len(g.question.prompt), [len(r.tokens) for r in g.rollouts]) for g in groups], model.device)
+    tokens = [t for g in groups for t in g.question.prompt + [t for r in g.rollouts for t in r.tokens]]
+    tokens = torch.tensor(tokens, device=model.device)                                   # (T,)
+    hidden = model.packed_hidden(tokens, layout)[layout.predict_rows]                    # (S, D)
+    return logprob(hidden, model.head, tokens[layout.response_rows], temperature)
+
+
+def policy_step(model, optimizer, groups, advantages, args):
+    """One batch -> updated weights and metrics. groups: this rank's; advantages: G floats for each of them.
+
+    The loss is divided by the response tokens of all ranks, so micro-batches and the number of ranks change nothing.
+    """
+    per_token = lambda values: torch.tensor(values, device=model.device)
+    total_tokens = per_token([float(sum(len(r.tokens) for g in groups for r in g.rollouts))])
+    total_tokens = parallel.sum_over_ranks(total_tokens).item()
+    work = [(g, a) for g, a in zip(groups, advantages) if any(a)]                        # the others have no gradient
+    batches = list(micro_batches(work, args.tokens_per_micro_batch, lambda pair: group_tokens(pair[0])))
+    old = []                                                                             # log-probs before the batch
+    sums = torch.zeros(3, dtype=torch.float64, device=model.device)                      # loss, clipped, gap
+    counts = per_token([sum(len(r.tokens) for g, _ in work for r in g.rollouts), sum(group_tokens(g) for g, _ in work)])
+    for update in range(args.updates_per_batch):
+        optimizer.zero_grad()
+        for i, batch in enumerate(batches):
+            logprobs, entropy = forward_groups(model, [g for g, _ in batch], args.temperature)       # (S,)
+            if update == 0:
+                old.append(logprobs.detach())
+            rollouts = [(r, a) for g, advantage in batch for r, a in zip(g.rollouts, advantage)]
+            weights = per_token([a for r, a in rollouts for _ in r.tokens])              # (S,)
+            losses, clipped = policy_loss(logprobs, old[i], weights, args.clip_ratio)
+            loss = (losses - args.entropy_coef * entropy).sum() / total_tokens
+            loss.backward()
+            gap = (old[i] - per_token([p for r, _ in rollouts for p in r.logprobs])).abs().sum()
+            sums += torch.stack([loss.detach(), clipped.sum(), gap]) / args.updates_per_batch
+        parallel.sum_gradients(model)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
+        if not math.isfinite(grad_norm):
+            raise ValueError(f"gradient norm is {grad_norm}: the update was not applied and the last checkpoint is good")
+        optimizer.step()
+    loss, clipped, gap = parallel.sum_over_ranks(sums).tolist()
+    responses, trained = parallel.sum_over_ranks(counts).tolist()
+    responses = responses or math.nan                                                    # no group had a gradient
+    return dict(loss=loss, clip_frac=clipped / responses, logp_gap=gap / responses, grad_norm=grad_norm,
+                trained_tokens=trained * args.updates_per_batch)
+
+
+def group_tokens(group):
+    return len(group.question.prompt) + sum(len(r.tokens) for r in group.rollouts)
+
+
+def rollout_metrics(groups):
+    """Groups of all ranks -> what they say about the policy. Entropy is estimated by -mean logprob of the samples."""
+    rollouts = [r for g in groups for r in g.rollouts]
+    rewards = np.array([g.rewards for g in groups])                                      # (N, G)
+    tokens = sum(len(r.tokens) for r in rollouts)
+    hits = [len(p) for g in groups for p, reward in zip(g.predictions, g.rewards) if reward]
+    return dict(reward=rewards.mean(), reward_std=rewards.std(), frac_zero_std=(rewards.std(axis=1) == 0).mean(),
+                reward_pass_at_g=rewards.max(axis=1).mean(), match_len=np.mean(hits) if hits else math.nan,
+                format_rate=np.mean([p is not None for g in groups for p in g.predictions]),
+                tokens=tokens, len_mean=tokens / len(rollouts), frac_truncated=np.mean([not r.finished for r in rollouts]),
+                entropy=-sum(sum(r.logprobs) for r in rollouts) / tokens)
+
+
+def sample_record(tokenizer, step, group, i):
+    """One rollout in words, for samples.jsonl."""
+    text = lambda raw: None if raw is None else raw.decode("utf-8", "backslashreplace")
+    return dict(step=step, context=text(tokenizer.decode_bytes(group.question.prompt))[-200:],
+                truth=text(b"".join(group.question.truth[:4])), response=text(tokenizer.decode_bytes(group.rollouts[i].tokens)),
+                extracted=text(group.predictions[i]), reward=group.rewards[i])
+
+
+def step_line(steps, m):
+    return (f"step {m['step']:05d}/{steps:05d} | reward {m['reward']:.3f} | fmt {m['format_rate']:.2f} | "
+            f"zero_std {m['frac_zero_std']:.2f} | ent {m['entropy']:.2f} | len {m['len_mean']:.0f} | "
+            f"gnorm {m['grad_norm']:.2f} | gap {m['logp_gap']:.1e} | gen {m['gen_tok_s']:,.0f} tok/s | "
+            f"train {m['train_tok_s']:,.0f} tok/s | dt {m['dt_gen'] + m['dt_reward'] + m['dt_train']:.1f}s")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Reinforcement Pre-Training. Without arguments: the ten-minute demo.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    # what to train
+    add("--init", required=True, help="checkpoint folder (Hugging Face layout) to start from")
+    add("--corpus", required=True, help="folder written by data/prepare.py and scored by data/filter.py")
+    add("--proxy", default=None, help="checkpoint whose entropies choose the positions; default: the only one there is")
+    add("--out-dir", required=True, help="folder of this run")
+    add("--entropy-threshold", type=float, default=1.0, help="train on positions above this entropy, nats")
+    add("--template", default="v0", help="prompt of data/prompt.py: v0 to v6, or short")
+    # sampling
+    add("--steps", type=int, default=1000, help="batches")
+    add("--batch-size", type=int, default=256, help="positions in a batch, over all ranks")
+    add("--rollouts", type=int, default=8, metavar="G", help="thoughts for each position")
+    add("--max-prompt-tokens", type=int, default=4096, help="longer contexts lose their beginning")
+    add("--max-new-tokens", type=int, default=8192, help="tokens of a response")
+    add("--temperature", type=float, default=0.8, help="of sampling and of the loss")
+    add("--dynamic-sampling-from", type=int, default=500, metavar="STEP",
+        help="from here on replace groups whose rewards are all equal by new positions; -1: never")
+    add("--max-rounds", type=int, default=4, help="dynamic sampling draws at most this many batches for one step")
+    add("--max-rows", type=int, default=256, help="rollouts decoded at a time; bounds the memory of the cache")
+    # update
+    add("--lr", type=float, default=1e-6, help="learning rate of AdamW(0.9, 0.999), constant")
+    add("--weight-decay", type=float, default=0.01)
+    add("--grad-clip", type=float, default=0.2, help="largest gradient norm")
+    add("--updates-per-batch", type=int, default=1, help="1 is exactly on-policy; above, the ratio is clipped")
+    add("--clip-ratio", type=float, default=0.2, help="ratio is kept within 1 +- this")
+    add("--entropy-coef", type=float, default=0.0, help="weight of an entropy bonus")
+    add("--normalize-advantage", action="store_true", help="divide advantages by their group's standard deviation")
+    add("--tokens-per-micro-batch", type=int, default=16384, help="bounds memory; changes nothing else")
+    # the run
+    add("--save-every", type=int, default=50, help="steps between checkpoints")
+    add("--resume", action="store_true", help="continue the run in --out-dir, if there is one")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    add("--kernels", default=os.environ.get("NANORPT_KERNELS", "torch"), choices=["torch"], help="plain PyTorch")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.excepthook = speak_once
+    if len(sys.argv) == 1:
+        import demo
+        sys.exit(demo.run())
+    args = parse_args()
+    device = parallel.start(args.device)
+    corpus = load_corpus(args.corpus)
+    checkpoint = checkpoint_to_resume(args)
+    tokenizer = Tokenizer.load(checkpoint or args.init)
+    corpus.check(tokenizer, checkpoint or args.init)
+    template = template_ids(tokenizer, args.template)
+    positions = load_positions(corpus, find_scores(corpus, args.proxy), args.entropy_threshold, "train")
+    model = GPT.from_pretrained(checkpoint or args.init)
+    model.compute_dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
+    state = load_trainer(checkpoint, optimizer) if checkpoint else dict(step=0, cursor=0)
+    cursor = state["cursor"]                                                             # positions used so far
+    room = min(args.max_prompt_tokens, model.config.max_positions - args.max_new_tokens)
+    parameters = sum(p.numel() for p in model.parameters())
+    peak = next((f for name, f in PEAK_FLOPS.items() if args.device == "cuda" and name in torch.cuda.get_device_name()), None)
+    interrupted = catch_interrupts()
+    if parallel.RANK == 0:
+        open_run(args, checkpoint)
+    print0(f"{parameters:,} parameters, {len(positions):,} positions, steps {state['step']} to {args.steps}, "
+           f"{args.batch_size} positions x {args.rollouts} rollouts each")
+
+    for step in range(state["step"], args.steps):
+        # ---- ROLLOUT and REWARD -------------------------------------------------------------------------------------
+        dynamic = 0 <= args.dynamic_sampling_from <= step
+        seen, kept, missing = [], [], args.batch_size    # groups of this rank: all, those that train; still wanted, all ranks
+        dt_gen = dt_reward = 0.0
+        for draw in range(args.max_rounds if dynamic else 1):
+            clock = time.perf_counter()
+            chosen = positions[shuffled(len(positions), cursor, args.batch_size, args.seed)]
+            cursor += args.batch_size
+            mine = parallel.share(args.batch_size)
+            questions = [make_question(corpus, tokenizer, position, template, room) for position in chosen[mine]]
+            with tqdm(total=len(questions) * args.rollouts, desc=f"step {step + 1} rollouts", leave=False, disable=None) as bar:
+                rollouts = generate(model, [q.prompt for q in questions], args.rollouts, args.max_new_tokens, args.temperature,
+                                    stop_ids(tokenizer), (args.seed, step, draw), mine.start, args.max_rows, bar.update)
+            dt_gen, clock = dt_gen + time.perf_counter() - clock, time.perf_counter()
+            groups = [score(tokenizer, question, r) for question, r in zip(questions, rollouts)]
+            useful = [i for i, alive in enumerate(parallel.gather_lists([not dynamic or len(set(g.rewards)) > 1 for g in groups]))
+                      if alive][:missing]                                                # the same list on every rank
+            kept += [groups[i - mine.start] for i in useful if mine.start <= i < mine.stop]
+            seen, missing = seen + groups, missing - len(useful)
+            dt_reward += time.perf_counter() - clock
+            if not missing:
+                break
+
+        # ---- ADVANTAGE ----------------------------------------------------------------------------------------------
+        rewards = torch.tensor([g.rewards for g in kept]).view(-1, args.rollouts)        # (N, G), of this rank
+        advantages = group_advantages(rewards, args.normalize_advantage).tolist()
+
+        # ---- UPDATE -------------------------------------------------------------------------------------------------
+        clock = time.perf_counter()
+        metrics = policy_step(model, optimizer, kept, advantages, args)
+        dt_train = time.perf_counter() - clock
+
+        # ---- LOG ----------------------------------------------------------------------------------------------------
+        seen = parallel.gather_lists(seen)
+        metrics = dict(step=step + 1) | rollout_metrics(seen) | metrics
+        sampled = sum(len(g.question.prompt) + sum(len(r.tokens) for r in g.rollouts) for g in seen)   # prompts once
+        flops = 2 * parameters * sampled + 6 * parameters * metrics["trained_tokens"]
+        metrics |= dict(lr=args.lr, gen_tok_s=metrics["tokens"] / dt_gen, train_tok_s=metrics["trained_tokens"] / dt_train,
+                        mfu=6 * parameters * metrics["trained_tokens"] / dt_train / parallel.WORLD / peak if peak else 0.0,
+                        flops=flops, dt_gen=dt_gen, dt_reward=dt_reward, dt_train=dt_train)
+        stop = any(parallel.gather_lists([bool(interrupted)]))
+        if parallel.RANK == 0:
+            append(f"{args.out_dir}/metrics.jsonl", [{k: None if v != v else v for k, v in metrics.items()}])   # NaN: no value
+            append(f"{args.out_dir}/samples.jsonl", [sample_record(tokenizer, step + 1, seen[0], i)
+                                                     for i in range(min(SAMPLES_LOGGED, args.rollouts))])
+            print(step_line(args.steps, metrics), flush=True)
+            if stop or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+                save_checkpoint(args.out_dir, step + 1, model, tokenizer, optimizer, cursor=cursor)
+        if stop:
+            print0(f"stopped after step {step + 1} and saved; the same command with --resume continues")
+            sys.exit(130)
+    print0(f"done: {args.out_dir}/step_{args.steps:06d}, curves: python plot.py {args.out_dir}")
