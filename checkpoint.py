@@ -6,24 +6,27 @@
                          trainer.pt: optimizer, step and data cursor; kept for the newest checkpoint only
     RUN/latest           name of the newest checkpoint
 
-A checkpoint is written under another name and renamed, and `latest` moves last: a run that is killed at any moment
-resumes from the last complete one. No random state is saved because none exists: data order and sampling are
-functions of (seed, step).
+A checkpoint is written under another name and renamed, and `latest` moves last: a run that is killed at any
+moment resumes from the last complete one. No random state is saved because none exists: data order and
+sampling are functions of (seed, step).
 """
+import glob
 import json
 import os
 import shutil
 import signal
 import sys
+from contextlib import suppress
 
 import torch
 
 
 def save_checkpoint(run, step, model, tokenizer, optimizer, **state):
-    """Write RUN/step_{step}, then point `latest` at it. OSError, and the old checkpoint intact, if the disk is full."""
+    """Write RUN/step_{step}, then point `latest` at it. On a full disk: OSError, the old one stays."""
     folder = f"{run}/step_{step:06d}"
     partial = folder + ".partial"
-    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed while saving
+    for leftover in glob.glob(f"{run}/step_*.partial"):  # of a run that was killed while saving
+        shutil.rmtree(leftover)
     try:
         model.save_pretrained(partial)
         tokenizer.save(partial)
@@ -38,8 +41,9 @@ def save_checkpoint(run, step, model, tokenizer, optimizer, **state):
     os.rename(partial, folder)
     write(f"{run}/latest", os.path.basename(folder))
     for name in os.listdir(run):
-        if name.startswith("step_") and name != os.path.basename(folder) and os.path.exists(f"{run}/{name}/trainer.pt"):
-            os.remove(f"{run}/{name}/trainer.pt")
+        if name.startswith("step_") and name != os.path.basename(folder):
+            with suppress(FileNotFoundError):
+                os.remove(f"{run}/{name}/trainer.pt")
 
 
 def latest_checkpoint(run):
@@ -51,35 +55,38 @@ def latest_checkpoint(run):
 
 
 def load_trainer(folder, optimizer):
-    """Restore the optimizer in place -> the rest of the trainer's state, `step` among it."""
+    """Restore the optimizer's moments in place -> the rest of the trainer's state, `step` among it."""
     state = torch.load(f"{folder}/trainer.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state.pop("optimizer"))
+    settings = optimizer.state_dict()["param_groups"]  # of this command line: a changed --lr counts
+    optimizer.load_state_dict(state.pop("optimizer") | dict(param_groups=settings))
     return state
 
 
 def checkpoint_to_resume(args):
-    """Folder of the checkpoint that --resume continues from, or None; ValueError if a run would be overwritten."""
+    """Folder of the checkpoint that --resume goes on from, or None; ValueError if it would erase a run."""
     checkpoint = latest_checkpoint(args.out_dir)
     if checkpoint and not args.resume:
-        raise ValueError(f"{args.out_dir} already holds a run; --resume continues it, another --out-dir starts afresh")
+        raise ValueError(f"{args.out_dir} already holds a run; --resume continues it, "
+                         "another --out-dir starts afresh")
     return checkpoint
 
 
 def open_run(args, checkpoint):
-    """Make or reopen the run's folder; log lines behind the checkpoint are dropped. Says which arguments have changed."""
+    """Make or reopen the run's folder; log lines behind the checkpoint go. Says which arguments changed."""
     run = args.out_dir
     if checkpoint:
-        old = json.load(open(f"{run}/args.json"))
-        changed = [f"{k} {old[k]} -> {v}" for k, v in vars(args).items() if k in old and old[k] != v and k != "resume"]
-        print(f"resuming from {checkpoint}" + (f"; changed: {', '.join(changed)}" if changed else ""), flush=True)
+        with open(f"{run}/args.json") as file:
+            old = json.load(file) | dict(resume=args.resume)
+        changed = ", ".join(f"{k} {old[k]} -> {v}" for k, v in vars(args).items() if k in old and old[k] != v)
+        print(f"resuming from {checkpoint}" + (f"; changed: {changed}" if changed else ""), flush=True)
     os.makedirs(run, exist_ok=True)
     write(f"{run}/args.json", json.dumps(vars(args), indent=2))
     for name in ("metrics.jsonl", "samples.jsonl"):
-        cut_log(f"{run}/{name}", int(checkpoint[-6:]) if checkpoint else 0)
+        cut_log(f"{run}/{name}", int(checkpoint.rpartition("_")[2]) if checkpoint else 0)
 
 
 def catch_interrupts():
-    """-> a list that Ctrl-C or SIGTERM makes non-empty, so that the loop can finish its step and save. A second one kills."""
+    """-> a list that Ctrl-C or SIGTERM fills: the loop then ends its step and saves. A second one kills."""
     caught = []
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda number, frame: sys.exit(130) if caught else caught.append(number))

@@ -104,7 +104,7 @@ def run(out_dir="runs/demo", seed=0, control=False):
     rpt/curves.png       the picture            rpt/results.json     the table
     rpt/samples.jsonl    thoughts of every step rpt/metrics.jsonl    numbers of every step
 Next:
-    python sample.py --model {names()['rpt']} --think --n 4 --prompt "Problem: Mia works out 3+4*7 from left to right and keeps the last digit.
+    python sample.py --model {names()["rpt"]} --think --template short --max-new-tokens 64 --n 4 --prompt "Problem: Mia works out 3+4*7 from left to right and keeps the last digit.
 Solution: The digit is"
     python demo.py --control                      the same compute spent on next-token prediction
     README.md, "Your own model and text"          the same with a real checkpoint""")

@@ -1,17 +1,17 @@
-"""What is a thought worth? Next-token accuracy with and without reasoning, on easy, medium and hard positions.
+"""What is a thought worth? Next-token accuracy with and without reasoning, on easy, medium, hard positions.
 
     python eval.py lm --corpus C --checkpoints BASE RPT --mode both --positions 200 --out results.json
 
-Held-out positions are split by the entropy of one reference model, as in the paper's Table 1: easy, medium and hard
-are entropy > 0.5, 1.0 and 1.5 nats, nested. Every checkpoint answers the same positions:
+Held-out positions are split by the entropy of one reference model, as in the paper's Table 1: easy, medium
+and hard are entropy > 0.5, 1.0 and 1.5 nats, nested. Every checkpoint answers the same positions:
     ntp         the most probable next token after the context alone: right or wrong
     reasoning   K sampled thoughts with a prediction: mean reward, and pass@K (any of the K right)
-Intervals are 95 % bootstrap intervals over documents, because positions of one document stand and fall together.
+Intervals are 95 % bootstrap intervals over documents: positions of one document stand and fall together.
 """
 import argparse
+import json
 import sys
 
-import json
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -25,7 +25,7 @@ from data.tokenizer import Tokenizer
 from kernels.attention import make_layout
 from model import GPT
 from sample import generate
-from train_ntp import micro_batches
+from train_ntp import check_range, micro_batches
 from train_rpt import make_question, sample_record, score
 
 BOOTSTRAP = 1000
@@ -38,8 +38,9 @@ def choose_positions(corpus, scores, count, seed):
     positions = positions[np.random.default_rng(seed).permutation(len(positions))]
     entropy = np.load(scores, mmap_mode="r")[positions[:, 0], 0]
     splits = {name: np.flatnonzero(entropy > threshold)[:count] for name, threshold in SPLITS.items()}
-    used = np.unique(np.concatenate(list(splits.values())))          # the splits are nested: most positions serve twice
-    return positions[used], {name: np.searchsorted(used, chosen) for name, chosen in splits.items() if len(chosen)}
+    used = np.unique(np.concatenate(list(splits.values())))  # nested splits: most positions serve twice
+    places = {name: np.searchsorted(used, chosen) for name, chosen in splits.items() if len(chosen)}
+    return positions[used], places
 
 
 @torch.no_grad()
@@ -50,7 +51,8 @@ def ntp_hits(model, corpus, positions):
     with tqdm(total=len(contexts), desc="next token", unit="position", disable=None) as bar:
         for batch in micro_batches(contexts, TOKENS_PER_PASS, len):
             layout = make_layout([(len(context), []) for context in batch], model.device)
-            hidden = model.packed_hidden(torch.tensor(sum(batch, []), device=model.device), layout)[layout.last_rows]
+            tokens = torch.tensor(sum(batch, []), device=model.device)
+            hidden = model.packed_hidden(tokens, layout)[layout.last_rows]
             hits += (hidden @ model.head.to(hidden.dtype).T).argmax(dim=-1).tolist()
             bar.update(len(batch))
     return (np.array(hits) == corpus.tokens[positions[:, 0]]).astype(float)
@@ -62,13 +64,14 @@ def reasoning_groups(model, tokenizer, corpus, positions, args):
     room = min(args.max_prompt_tokens, model.config.max_positions - args.max_new_tokens)
     questions = [make_question(corpus, tokenizer, position, template, room) for position in positions]
     with tqdm(total=len(questions) * args.samples, desc="reasoning", unit="rollout", disable=None) as bar:
-        rollouts = generate(model, [q.prompt for q in questions], args.samples, args.max_new_tokens, args.temperature,
-                            stop_ids(tokenizer), (args.seed, 1 << 20), max_rows=args.max_rows, progress=bar.update)
+        rollouts = generate(model, [q.prompt for q in questions], args.samples, args.max_new_tokens,
+                            args.temperature, stop_ids(tokenizer), (args.seed, 1 << 20),
+                            max_rows=args.max_rows, progress=bar.update)
     return [score(tokenizer, question, r) for question, r in zip(questions, rollouts)]
 
 
 def interval(values, documents, seed):
-    """(n,) values and the document of each -> low and high end of the 95 % bootstrap interval of their mean."""
+    """(n,) values and the document of each -> ends of the 95 % bootstrap interval of their mean."""
     _, document = np.unique(documents, return_inverse=True)
     sums, counts = np.bincount(document, weights=values), np.bincount(document)
     drawn = np.random.default_rng(seed).integers(len(sums), size=(BOOTSTRAP, len(sums)))
@@ -79,19 +82,22 @@ def result(checkpoint, mode, split, values, documents, seed, **more):
     """One line of results.json; accuracies in percent."""
     low, high = interval(values, documents, seed)
     percent = lambda x: round(100 * float(x), 2)
-    return dict(checkpoint=checkpoint, mode=mode, split=split, accuracy=percent(values.mean()), low=percent(low),
-                high=percent(high), n=len(values), seed=seed) | {name: percent(x.mean()) for name, x in more.items()}
+    line = dict(checkpoint=checkpoint, mode=mode, split=split, accuracy=percent(values.mean()),
+                low=percent(low), high=percent(high), n=len(values), seed=seed)
+    return line | {name: percent(x.mean()) for name, x in more.items()}
 
 
 def evaluate(checkpoint, corpus, positions, splits, args):
     """One checkpoint on all positions -> lines of results.json."""
     tokenizer = Tokenizer.load(checkpoint)
     corpus.check(tokenizer, checkpoint)
-    model = GPT.from_pretrained(checkpoint, torch.bfloat16 if args.device == "cuda" else torch.float32, args.device)
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    model = GPT.from_pretrained(checkpoint, dtype, args.device)
     documents, results = positions[:, 1], []
     if args.mode in ("ntp", "both"):
         hits = ntp_hits(model, corpus, positions)
-        results += [result(checkpoint, "ntp", split, hits[i], documents[i], args.seed) for split, i in splits.items()]
+        results += [result(checkpoint, "ntp", split, hits[i], documents[i], args.seed)
+                    for split, i in splits.items()]
     if args.mode in ("reasoning", "both"):
         groups = reasoning_groups(model, tokenizer, corpus, positions, args)
         rewards = np.array([g.rewards for g in groups])                                  # (n, K)
@@ -100,9 +106,11 @@ def evaluate(checkpoint, corpus, positions, splits, args):
         for split, i in splits.items():
             line = result(checkpoint, "reasoning", split, rewards[i].mean(axis=1), documents[i], args.seed,
                           pass_at_k=rewards[i].max(axis=1), format_rate=boxed[i])
-            results.append(line | dict(samples=args.samples, temperature=args.temperature, len_mean=round(length[i].mean(), 1)))
+            results.append(line | dict(samples=args.samples, temperature=args.temperature,
+                                       len_mean=round(length[i].mean(), 1)))
         if args.dump:
-            append(args.dump, [dict(checkpoint=checkpoint) | sample_record(tokenizer, 0, group, 0) for group in groups])
+            records = [sample_record(tokenizer, 0, group, 0) for group in groups]
+            append(args.dump, [dict(checkpoint=checkpoint) | record for record in records])
     return results
 
 
@@ -111,7 +119,8 @@ def print_table(results):
     splits = [s for s in SPLITS if any(r["split"] == s for r in results)]
     rows = list(dict.fromkeys((r["checkpoint"], r["mode"]) for r in results))
     width = max(len(checkpoint) for checkpoint, _ in rows)
-    print(f"\n{'next-token accuracy, %':{width}}  {'mode':9}  " + "  ".join(f"{s + f' > {SPLITS[s]}':>20}" for s in splits))
+    titles = "  ".join(f"{s + f' > {SPLITS[s]}':>20}" for s in splits)
+    print(f"\n{'next-token accuracy, %':{width}}  {'mode':9}  {titles}")
     for row in rows:
         cells = {r["split"]: f"{r['accuracy']:.1f} [{r['low']:.1f}, {r['high']:.1f}]" for r in results
                  if (r["checkpoint"], r["mode"]) == row}
@@ -127,7 +136,8 @@ def parse_args():
     add = parser.add_argument
     add("--corpus", required=True, help="folder written by data/prepare.py and scored by data/filter.py")
     add("--checkpoints", required=True, nargs="+", help="checkpoint folders, side by side")
-    add("--proxy", default=None, help="checkpoint whose entropies split the positions; default: the only one there is")
+    add("--proxy", default=None,
+        help="checkpoint whose entropies split the positions; default: the only one there is")
     add("--mode", default="both", choices=["ntp", "reasoning", "both"])
     add("--positions", type=int, default=200, help="held-out positions for each split")
     add("--samples", type=int, default=1, metavar="K", help="thoughts for each position")
@@ -135,12 +145,15 @@ def parse_args():
     add("--template", default="v0", help="prompt of data/prompt.py: v0 to v6, or short")
     add("--max-prompt-tokens", type=int, default=4096, help="longer contexts lose their beginning")
     add("--max-new-tokens", type=int, default=8192, help="tokens of a response")
-    add("--max-rows", type=int, default=256, help="rollouts decoded at a time; bounds the memory of the cache")
+    add("--max-rows", type=int, default=256, help="rollouts decoded at a time; bounds the cache")
     add("--out", default=None, help="write the table here as JSON")
     add("--dump", default=None, help="append one rollout for each position here, as JSON lines")
     add("--seed", type=int, default=0, help="chooses positions and thoughts")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    return parser.parse_args()
+    args = parser.parse_args()
+    check_range(args, 1, "positions samples max_prompt_tokens max_new_tokens max_rows")
+    check_range(args, 0, "temperature seed")
+    return args
 
 
 if __name__ == "__main__":

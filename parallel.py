@@ -1,9 +1,10 @@
-"""Data parallelism in three calls. Without torchrun every one of them does nothing.
+"""Data parallelism in a few calls. Without torchrun every one of them does nothing.
 
-No wrapper around the model: ranks hold equal weights, each computes the gradient of its share of a batch, and the
-gradients are summed before the step. The loss is divided by a global count first, so the sum is the batch's gradient
-however many ranks there are.
+No wrapper around the model: ranks hold equal weights, each computes the gradient of its share of a batch, and
+the gradients are summed before the step. The loss is divided by a global count first, so that the sum is the
+batch's gradient however many ranks there are.
 """
+import atexit
 import os
 
 import torch
@@ -16,10 +17,13 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 def start(device):
     """Join the other ranks of torchrun; -> this rank's device."""
     if device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch finds no GPU here")
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     if WORLD > 1:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        atexit.register(dist.destroy_process_group)  # gloo's threads abort a process that leaves without this
     return device
 
 
@@ -36,7 +40,7 @@ def sum_over_ranks(tensor):
 
 
 def sum_gradients(model):
-    """Replace every gradient by its sum over ranks. Ranks without a share bring zeros: all join every collective."""
+    """Replace every gradient by its sum over ranks; a rank without a share brings zeros and joins in."""
     for parameter in model.parameters():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -49,6 +53,12 @@ def gather_lists(items):
     if WORLD > 1:
         dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]
+
+
+def wait():
+    """Go on when every rank is here."""
+    if WORLD > 1:
+        dist.barrier()
 
 
 def print0(*words, **options):

@@ -18,36 +18,29 @@ The prediction is what stands in the last \boxed{...} after the thought, byte fo
     \boxed{\frac{}       ->  `\frac{`         never balances: everything up to the final }
     \boxed{}}            ->  ``               balances at once: no text with a } before its { fits
 """
-import re
-
-# All that can open, close or hide a brace. A backslash hides the byte behind it, but \\boxed{ (as in an
-# escaped string) still opens a box.
-MARK = re.compile(rb"\\boxed\{|\\(?!\\boxed\{).|[{}]", re.DOTALL)
 
 
 def extract_prediction(response: bytes) -> bytes | None:
     r"""The bytes inside the last \boxed{...} after the last </think>; None where there is no such box.
 
-    A box inside a box is content: the text may well say `\boxed{4}` itself, so `\boxed{\boxed{4}}` predicts
-    `\boxed{4}`. A box that nobody closed holds no other: in `\boxed{a, no, \boxed{b}` the last box is `b`.
+    The scan starts at the last `\boxed{`, so of a box inside a box the inner one counts.
     """
-    _, tag, answer = response.rpartition(b"</think>")
-    if not tag:
+    _, thought, answer = response.rpartition(b"</think>")
+    _, box, content = answer.rpartition(rb"\boxed{")
+    if not (thought and box):
         return None
-    open_braces = []  # (where the content starts, is it a box) for each brace that still waits for its }
-    last = None  # (start, end) of the box that closed last: those that closed before are ahead of it or in it
-    for mark in MARK.finditer(answer):
-        if mark[0] in (b"{", b"\\boxed{"):
-            open_braces.append((mark.end(), mark[0] != b"{"))
-        elif mark[0] == b"}" and open_braces:
-            start, is_box = open_braces.pop()
-            if is_box:
-                last = start, mark.start()
-    unclosed = max((start for start, is_box in open_braces if is_box), default=-1)
-    if last is None or unclosed > last[0]:
-        last = unclosed, answer.rfind(b"}")
-    start, end = last
-    return answer[start:end] if 0 <= start <= end else None
+    depth, escaped = 1, False
+    for end, byte in enumerate(content):
+        if escaped:
+            escaped = False
+        elif byte == ord("\\"):
+            escaped = True
+        elif byte in b"{}":
+            depth += 1 if byte == ord("{") else -1
+            if depth == 0:
+                return content[:end]
+    end = content.rfind(b"}")
+    return content[:end] if end >= 0 else None
 
 
 def prefix_match(prediction: bytes | None, truth: list[bytes]) -> float:

@@ -1,14 +1,15 @@
 """Next-token prediction: the base that RPT starts from, the warm start, and the control it is compared with.
 
-    python train_ntp.py --corpus C --out-dir runs/base                                  from scratch (about 1 M parameters)
+    python train_ntp.py --corpus C --out-dir runs/base
+            from scratch: about half a million parameters
     python train_ntp.py --corpus C --out-dir runs/warm --init DIR --strings S.jsonl --documents-per-step 0
-                                                                       warm start: learn the form <think>..</think>\\boxed{..}
+            warm start: learn the form <think>..</think>\\boxed{..}
     python train_ntp.py --corpus C --out-dir runs/control --init DIR --match-compute runs/rpt
-                                                                       control: plain text for as many FLOPs as that RPT run
+            control: plain text for as many FLOPs as that RPT run has spent
 
-A step sees documents and, if given, think/answer strings (data/strings.py makes them from any text): a prompt without
-loss, a response with loss. The loss is the mean over all target tokens of the step, whatever the micro-batches and
-ranks. torchrun --standalone --nproc_per_node=8 works as it does for train_rpt.py.
+A step sees documents and, if given, think/answer strings (data/strings.py makes them from any text): a prompt
+without loss, a response with loss. The loss is the mean over all target tokens of the step, whatever the
+micro-batches and ranks. torchrun --standalone --nproc_per_node=8 works as it does for train_rpt.py.
 """
 import argparse
 import json
@@ -31,14 +32,14 @@ from kernels.logprob import logprob
 from model import GPT, GPTConfig
 from parallel import print0
 
-# The small model of `python train_rpt.py`: enough to think one step at a time, too shallow to think five at once.
+# The small model of the demo: enough to think one step at a time, too shallow to think five at once.
 SMALL = dict(width=128, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=32, ffn_width=384, max_positions=256)
 
 
 def shuffled(n, start, count, seed):
-    """Items start .. start + count of an endless walk over range(n), every round in a new order -> (count,) int64."""
-    rounds = range(start // n, (start + count - 1) // n + 1)
-    walk = np.concatenate([np.random.default_rng((seed, r)).permutation(n) for r in rounds]) if count else np.zeros(0, int)
+    """Items start .. start + count of an endless walk over range(n), every round in a new order."""
+    rounds = range(start // n, (start + count) // n + 1)
+    walk = np.concatenate([np.random.default_rng((seed, r)).permutation(n) for r in rounds])
     return walk[start - rounds.start * n:][:count]
 
 
@@ -48,30 +49,37 @@ def document_sequences(corpus, indices, end_id, max_tokens, problem_weight, rng)
     for start, solution, end, _ in corpus.docs[indices]:
         ids = [*corpus.tokens[start:end].tolist(), end_id]
         weights = [problem_weight] * (solution - start) + [1.0] * (len(ids) - solution + start)
-        first = int(rng.integers(max(len(ids) - max_tokens, 0) + 1))   # a long document gives a window of itself
+        first = int(rng.integers(max(len(ids) - max_tokens, 0) + 1))  # of a long document a window
         ids, weights = ids[first:first + max_tokens], weights[first:first + max_tokens]
         sequences.append((ids[:1], ids[1:], weights[1:]))
     return sequences
 
 
-def read_strings(path, vocab_size):
+def read_strings(path, config):
     """Think/answer strings, one {"prompt": ids, "response": ids} a line -> [(prompt, response, weights)]."""
-    strings = []
-    with open(path) as file:
+    strings, vocab = [], config.vocab_size
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)
                 prompt, response = record["prompt"], record["response"]
-                assert prompt and response and 0 <= min(prompt + response) and max(prompt + response) < vocab_size
-            except (ValueError, KeyError, TypeError, AssertionError):
-                raise ValueError(f"{path} line {number}: expected an object with 'prompt' and 'response', non-empty lists "
-                                 f"of ids below {vocab_size}; data/strings.py writes such files") from None
+                ids = prompt + response
+                valid = (prompt and response and {*map(type, ids)} == {int}
+                         and 0 <= min(ids) <= max(ids) < vocab)
+            except (ValueError, KeyError, TypeError):
+                valid = False
+            if not valid:
+                raise ValueError(f"{path} line {number}: expected an object with 'prompt' and 'response', "
+                                 f"non-empty lists of ids below {vocab}; data/strings.py writes such files")
+            if len(ids) > config.max_positions:
+                raise ValueError(f"{path} line {number}: {len(ids)} tokens, but the model has "
+                                 f"{config.max_positions} positions")
             strings.append((prompt, response, [1.0] * len(response)))
     return strings
 
 
 def micro_batches(groups, tokens, size):
-    """Cut a list of groups into runs of at most `tokens` tokens (but at least one group); size(group) -> its tokens."""
+    """Cut a list of groups into runs of at most `tokens` tokens, but at least one group. size: of a group."""
     batch, total = [], 0
     for group in groups:
         if batch and total + size(group) > tokens:
@@ -84,7 +92,7 @@ def micro_batches(groups, tokens, size):
 
 
 def weighted_loss(model, sequences):
-    """[(prompt, response, weights)] -> the sum over response tokens of weight x negative log-likelihood, in nats."""
+    """[(prompt, response, weights)] -> sum over response tokens of weight x negative log-likelihood, nats."""
     device = model.device
     layout = make_layout([(len(prompt), [len(response)]) for prompt, response, _ in sequences], device)
     tokens = torch.tensor([t for prompt, response, _ in sequences for t in prompt + response], device=device)
@@ -96,7 +104,7 @@ def weighted_loss(model, sequences):
 
 def ntp_step(model, optimizer, sequences, tokens_per_micro_batch, grad_clip):
     """One update on this rank's share of `sequences` -> loss (nats per weighted token), gradient norm."""
-    total = sum(sum(weights) for _, _, weights in sequences)                             # of all ranks: one normaliser
+    total = sum(sum(weights) for _, _, weights in sequences)                    # of all ranks: one normaliser
     loss = torch.zeros((), device=model.device)
     optimizer.zero_grad()
     size = lambda sequence: len(sequence[0]) + len(sequence[1])
@@ -114,13 +122,21 @@ def ntp_step(model, optimizer, sequences, tokens_per_micro_batch, grad_clip):
 
 def learning_rate(step, args):
     """Linear warm-up, constant, linear to zero over the second half."""
-    return args.lr * min(1, (step + 1) / args.warmup_steps, 2 * (args.steps - step) / args.steps)
+    return args.lr * min(1, (step + 1) / max(1, args.warmup_steps), 2 * (args.steps - step) / args.steps)
 
 
 def flops_of_run(run):
     """FLOPs an RPT run has spent on sampling and training, from its metrics.jsonl."""
     with open(f"{run}/metrics.jsonl") as file:
         return sum(json.loads(line)["flops"] for line in file)
+
+
+def check_range(args, low, names):
+    """ValueError for the first of these arguments that is below `low`, infinite or NaN."""
+    for name in names.split():
+        value = getattr(args, name)
+        if not low <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {low} and finite, got {value}")
 
 
 def parse_args():
@@ -132,11 +148,12 @@ def parse_args():
     add("--init", default=None, help="checkpoint folder to start from; none: a small model at random")
     add("--strings", default=None, help="JSONL of think/answer strings (data/strings.py)")
     add("--steps", type=int, default=1000, help="updates")
-    add("--match-compute", default=None, metavar="RUN", help="instead of --steps: as many FLOPs as this RPT run has spent")
+    add("--match-compute", default=None, metavar="RUN",
+        help="instead of --steps: as many FLOPs as this RPT run has spent")
     add("--documents-per-step", type=int, default=48, help="documents in an update")
     add("--strings-per-step", type=int, default=48, help="strings in an update, if there are any")
-    add("--max-tokens", type=int, default=256, help="a longer document gives a random window of this many tokens")
-    add("--problem-weight", type=float, default=1.0, help="loss weight of tokens before the solution; the others weigh 1")
+    add("--max-tokens", type=int, default=256, help="of a longer document a random window of so many tokens")
+    add("--problem-weight", type=float, default=1.0, help="loss weight of tokens before the solution")
     add("--lr", type=float, default=3e-3, help="peak learning rate of AdamW(0.9, 0.95)")
     add("--warmup-steps", type=int, default=50, help="updates")
     add("--grad-clip", type=float, default=1.0, help="largest gradient norm")
@@ -145,7 +162,11 @@ def parse_args():
     add("--resume", action="store_true", help="continue the run in --out-dir, if there is one")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    return parser.parse_args()
+    args = parser.parse_args()
+    check_range(args, 2, "max_tokens")
+    check_range(args, 1, "steps tokens_per_micro_batch save_every")
+    check_range(args, 0, "documents_per_step strings_per_step problem_weight lr warmup_steps grad_clip seed")
+    return args
 
 
 if __name__ == "__main__":
@@ -159,12 +180,14 @@ if __name__ == "__main__":
     tokenizer = Tokenizer.load(source or f"{args.corpus}/tokenizer")
     corpus.check(tokenizer, source or args.corpus)
     torch.manual_seed(args.seed)
-    model = GPT.from_pretrained(source) if source else GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **SMALL))
+    small = GPTConfig(vocab_size=tokenizer.vocab_size, **SMALL)
+    model = GPT.from_pretrained(source) if source else GPT(small)
     model.compute_dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     model.to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01,
+                                  fused=True)
     step = load_trainer(checkpoint, optimizer)["step"] if checkpoint else 0
-    strings = read_strings(args.strings, model.config.vocab_size) if args.strings else []
+    strings = read_strings(args.strings, model.config) if args.strings else []
     n_documents, n_strings = args.documents_per_step, args.strings_per_step if strings else 0
     if n_documents + n_strings == 0:
         raise ValueError("nothing to train on: --documents-per-step is 0 and there are no --strings")
@@ -186,9 +209,11 @@ if __name__ == "__main__":
         print0(f"{args.match_compute} spent {budget:.2e} FLOPs; that is {args.steps} steps here")
     if parallel.RANK == 0:
         open_run(args, checkpoint)
-    print0(f"{parameters:,} parameters, {len(train_docs):,} documents, {len(strings):,} strings, steps {step} to {args.steps}")
+    print0(f"{parameters:,} parameters, {len(train_docs):,} documents, {len(strings):,} strings, "
+           f"steps {step} to {args.steps}")
     interrupted = catch_interrupts()
-    bar = tqdm(range(step, args.steps), initial=step, total=args.steps, desc="ntp", disable=None if parallel.RANK == 0 else True)
+    bar = tqdm(range(step, args.steps), initial=step, total=args.steps, desc="ntp",
+               disable=None if parallel.RANK == 0 else True)
     for step in bar:
         start = time.perf_counter()
         sequences = batch(step)
@@ -199,14 +224,16 @@ if __name__ == "__main__":
         bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tok/s")
         stop = any(parallel.gather_lists([bool(interrupted)]))
         if parallel.RANK == 0:
-            record = dict(step=step + 1, loss=loss, grad_norm=grad_norm, lr=group["lr"], train_tok_s=tokens / seconds,
-                          tokens=tokens, flops=6 * parameters * tokens, dt_train=seconds)
+            record = dict(step=step + 1, loss=loss, grad_norm=grad_norm, lr=group["lr"], tokens=tokens,
+                          flops=6 * parameters * tokens, train_tok_s=tokens / seconds, dt_train=seconds)
             append(f"{args.out_dir}/metrics.jsonl", [record])
             if stop or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 save_checkpoint(args.out_dir, step + 1, model, tokenizer, optimizer)
             if (step + 1) % 100 == 0 and bar.disable:
-                print(f"step {step + 1:05d}/{args.steps:05d} | loss {loss:.3f} | {tokens / seconds:,.0f} tok/s", flush=True)
+                speed = f"{tokens / seconds:,.0f} tok/s"
+                print0(f"step {step + 1:05d}/{args.steps:05d} | loss {loss:.3f} | {speed}")
         if stop:
+            parallel.wait()  # torchrun ends all ranks when one of them leaves
             print0(f"\nstopped after step {step + 1} and saved; the same command with --resume continues")
             sys.exit(130)
     print0(f"done: {args.out_dir}/step_{args.steps:06d}")

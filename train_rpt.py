@@ -1,19 +1,20 @@
 """Reinforcement Pre-Training (arXiv 2506.08007): think, predict what follows, be right.
 
-    python train_rpt.py                                                            the whole story in ten minutes: demo.py
-    python train_rpt.py --init DIR --corpus C --out-dir runs/rpt --template v6     your model and text (README.md)
-    torchrun --standalone --nproc_per_node=8 train_rpt.py --init DIR ...           on eight GPUs: the same update
+    python train_rpt.py                                                      ten minutes on a laptop: demo.py
+    python train_rpt.py --init DIR --corpus C --out-dir RUN --template v6    your model and text (README.md)
+    torchrun --standalone --nproc_per_node=8 train_rpt.py --init DIR ...     on eight GPUs: the same update
 
 Every step, top to bottom at the end of this file:
-    ROLLOUT     take B positions in the corpus; the context is the prompt; sample G thoughts with a prediction for each
-    REWARD      1 if the predicted bytes are what really follows, up to the end of a token; else 0      (reward.py, eq. 3)
+    ROLLOUT     take B positions in the corpus; the context is the prompt; sample G thoughts with a prediction
+    REWARD      1 if the predicted bytes are what really follows, up to the end of a token; else 0     (eq. 3)
     ADVANTAGE   reward minus the mean reward of the G rollouts of the same position
-    UPDATE      policy gradient on the response tokens, once per batch: exactly on-policy             (GRPO, eq. 4)
+    UPDATE      policy gradient on the response tokens, once per batch: exactly on-policy        (GRPO, eq. 4)
     LOG         one line, metrics.jsonl, samples.jsonl
 
 What the paper leaves open, and our choice: advantages are not divided by their standard deviation
-(--normalize-advantage does), the loss is a mean over all response tokens of the batch, and "gradient clip 0.2" is read
-as the norm of the gradient. On-policy the loss is about 0 by construction; watch `reward` and `grad_norm`.
+(--normalize-advantage does), the loss is a mean over all response tokens of the batch, and "gradient clip
+0.2" is read as the norm of the gradient. On-policy the loss is about 0 by construction; watch `reward` and
+`grad_norm`.
 """
 import argparse
 import math
@@ -39,7 +40,7 @@ from model import GPT
 from parallel import print0
 from reward import extract_prediction, prefix_match
 from sample import generate
-from train_ntp import micro_batches, shuffled
+from train_ntp import check_range, micro_batches, shuffled
 
 TRUTH_TOKENS = 32                            # true tokens a prediction may cover; the paper does not say
 SAMPLES_LOGGED = 2                           # rollouts written to samples.jsonl each step
@@ -63,7 +64,7 @@ class Group:
 
 
 def make_question(corpus, tokenizer, position, template, room):
-    """position: (t, document start, document end) -> Question. A context above `room` tokens loses its beginning."""
+    """position: (t, document start, document end) -> Question; a context without room loses its head."""
     t, start, end = position
     truth = [tokenizer.token_bytes(int(id)) for id in corpus.tokens[t:min(end, t + TRUTH_TOKENS)]]
     return Question(build_prompt(corpus.tokens[start:t].tolist(), *template, room), truth)
@@ -94,8 +95,9 @@ def policy_loss(logprobs, old_logprobs, advantages, clip):
 
 
 def forward_groups(model, groups, temperature):
-    """Groups -> logprobs and entropy of their response tokens under the model, (S,) each; the prompt runs once."""
-    layout = make_layout([(len(g.question.prompt), [len(r.tokens) for r in g.rollouts]) for g in groups], model.device)
+    """Groups -> logprobs and entropy of their response tokens, (S,) each; the prompt runs once."""
+    lengths = [(len(g.question.prompt), [len(r.tokens) for r in g.rollouts]) for g in groups]
+    layout = make_layout(lengths, model.device)
     tokens = [t for g in groups for t in g.question.prompt + [t for r in g.rollouts for t in r.tokens]]
     tokens = torch.tensor(tokens, device=model.device)                                   # (T,)
     hidden = model.packed_hidden(tokens, layout)[layout.predict_rows]                    # (S, D)
@@ -105,16 +107,17 @@ def forward_groups(model, groups, temperature):
 def policy_step(model, optimizer, groups, advantages, args):
     """One batch -> updated weights and metrics. groups: this rank's; advantages: G floats for each of them.
 
-    The loss is divided by the response tokens of all ranks, so micro-batches and the number of ranks change nothing.
+    The loss is divided by the response tokens of all ranks: neither micro-batches nor ranks change anything.
     """
     per_token = lambda values: torch.tensor(values, device=model.device)
-    total_tokens = per_token([float(sum(len(r.tokens) for g in groups for r in g.rollouts))])
+    response_tokens = lambda group: sum(len(r.tokens) for r in group.rollouts)
+    total_tokens = per_token([float(sum(response_tokens(g) for g in groups))])
     total_tokens = parallel.sum_over_ranks(total_tokens).item()
-    work = [(g, a) for g, a in zip(groups, advantages) if any(a)]                        # the others have no gradient
+    work = [(g, a) for g, a in zip(groups, advantages) if any(a) or args.entropy_coef]  # no gradient else
     batches = list(micro_batches(work, args.tokens_per_micro_batch, lambda pair: group_tokens(pair[0])))
-    old = []                                                                             # log-probs before the batch
+    old = []                                                                             # log-probs before it
     sums = torch.zeros(3, dtype=torch.float64, device=model.device)                      # loss, clipped, gap
-    counts = per_token([sum(len(r.tokens) for g, _ in work for r in g.rollouts), sum(group_tokens(g) for g, _ in work)])
+    counts = per_token([sum(response_tokens(g) for g, _ in work), sum(group_tokens(g) for g, _ in work)])
     for update in range(args.updates_per_batch):
         optimizer.zero_grad()
         for i, batch in enumerate(batches):
@@ -131,11 +134,12 @@ def policy_step(model, optimizer, groups, advantages, args):
         parallel.sum_gradients(model)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
         if not math.isfinite(grad_norm):
-            raise ValueError(f"gradient norm is {grad_norm}: the update was not applied and the last checkpoint is good")
+            raise ValueError(f"gradient norm is {grad_norm}: the update was not applied; "
+                             "the last checkpoint is good")
         optimizer.step()
     loss, clipped, gap = parallel.sum_over_ranks(sums).tolist()
     responses, trained = parallel.sum_over_ranks(counts).tolist()
-    responses = responses or math.nan                                                    # no group had a gradient
+    responses = responses or math.nan                                                # no group had a gradient
     return dict(loss=loss, clip_frac=clipped / responses, logp_gap=gap / responses, grad_norm=grad_norm,
                 trained_tokens=trained * args.updates_per_batch)
 
@@ -145,15 +149,17 @@ def group_tokens(group):
 
 
 def rollout_metrics(groups):
-    """Groups of all ranks -> what they say about the policy. Entropy is estimated by -mean logprob of the samples."""
+    """Groups of all ranks -> what they say about the policy; the entropy is estimated by -mean logprob."""
     rollouts = [r for g in groups for r in g.rollouts]
     rewards = np.array([g.rewards for g in groups])                                      # (N, G)
     tokens = sum(len(r.tokens) for r in rollouts)
     hits = [len(p) for g in groups for p, reward in zip(g.predictions, g.rewards) if reward]
-    return dict(reward=rewards.mean(), reward_std=rewards.std(), frac_zero_std=(rewards.std(axis=1) == 0).mean(),
+    return dict(reward=rewards.mean(), reward_std=rewards.std(),
+                frac_zero_std=(rewards.std(axis=1) == 0).mean(),
                 reward_pass_at_g=rewards.max(axis=1).mean(), match_len=np.mean(hits) if hits else math.nan,
                 format_rate=np.mean([p is not None for g in groups for p in g.predictions]),
-                tokens=tokens, len_mean=tokens / len(rollouts), frac_truncated=np.mean([not r.finished for r in rollouts]),
+                tokens=tokens, len_mean=tokens / len(rollouts),
+                frac_truncated=np.mean([not r.finished for r in rollouts]),
                 entropy=-sum(sum(r.logprobs) for r in rollouts) / tokens)
 
 
@@ -161,7 +167,8 @@ def sample_record(tokenizer, step, group, i):
     """One rollout in words, for samples.jsonl."""
     text = lambda raw: None if raw is None else raw.decode("utf-8", "backslashreplace")
     return dict(step=step, context=text(tokenizer.decode_bytes(group.question.prompt))[-200:],
-                truth=text(b"".join(group.question.truth[:4])), response=text(tokenizer.decode_bytes(group.rollouts[i].tokens)),
+                truth=text(b"".join(group.question.truth[:4])),
+                response=text(tokenizer.decode_bytes(group.rollouts[i].tokens)),
                 extracted=text(group.predictions[i]), reward=group.rewards[i])
 
 
@@ -173,13 +180,14 @@ def step_line(steps, m):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Reinforcement Pre-Training. Without arguments: the ten-minute demo.",
+    parser = argparse.ArgumentParser(description="Reinforcement Pre-Training. Without arguments: the demo.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     # what to train
     add("--init", required=True, help="checkpoint folder (Hugging Face layout) to start from")
     add("--corpus", required=True, help="folder written by data/prepare.py and scored by data/filter.py")
-    add("--proxy", default=None, help="checkpoint whose entropies choose the positions; default: the only one there is")
+    add("--proxy", default=None, 
+        help="checkpoint whose entropies choose the positions; default: the only one there is")
     add("--out-dir", required=True, help="folder of this run")
     add("--entropy-threshold", type=float, default=1.0, help="train on positions above this entropy, nats")
     add("--template", default="v0", help="prompt of data/prompt.py: v0 to v6, or short")
@@ -192,24 +200,30 @@ def parse_args():
     add("--temperature", type=float, default=0.8, help="of sampling and of the loss")
     add("--dynamic-sampling-from", type=int, default=500, metavar="STEP",
         help="from here on replace groups whose rewards are all equal by new positions; -1: never")
-    add("--max-rounds", type=int, default=4, help="dynamic sampling draws at most this many batches for one step")
-    add("--max-rows", type=int, default=256, help="rollouts decoded at a time; bounds the memory of the cache")
+    add("--max-rounds", type=int, default=4, help="batches that dynamic sampling draws for one step at most")
+    add("--max-rows", type=int, default=256, help="rollouts decoded at a time; bounds the cache")
     # update
     add("--lr", type=float, default=1e-6, help="learning rate of AdamW(0.9, 0.999), constant")
     add("--weight-decay", type=float, default=0.01)
     add("--grad-clip", type=float, default=0.2, help="largest gradient norm")
-    add("--updates-per-batch", type=int, default=1, help="1 is exactly on-policy; above, the ratio is clipped")
+    add("--updates-per-batch", type=int, default=1, help="1 is on-policy; above, the ratio is clipped")
     add("--clip-ratio", type=float, default=0.2, help="ratio is kept within 1 +- this")
     add("--entropy-coef", type=float, default=0.0, help="weight of an entropy bonus")
-    add("--normalize-advantage", action="store_true", help="divide advantages by their group's standard deviation")
+    add("--normalize-advantage", action="store_true", help="divide by the group's standard deviation")
     add("--tokens-per-micro-batch", type=int, default=16384, help="bounds memory; changes nothing else")
     # the run
     add("--save-every", type=int, default=50, help="steps between checkpoints")
     add("--resume", action="store_true", help="continue the run in --out-dir, if there is one")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    add("--kernels", default=os.environ.get("NANORPT_KERNELS", "torch"), choices=["torch"], help="plain PyTorch")
-    return parser.parse_args()
+    add("--kernels", default=os.environ.get("NANORPT_KERNELS", "torch"), choices=["torch"],
+        help="plain PyTorch")
+    args = parser.parse_args()
+    check_range(args, 1, "steps batch_size rollouts max_prompt_tokens max_new_tokens max_rounds max_rows "
+                         "updates_per_batch tokens_per_micro_batch save_every")
+    check_range(args, 0, "entropy_threshold lr weight_decay grad_clip clip_ratio entropy_coef seed")
+    check_range(args, 1e-3, "temperature")
+    return args
 
 
 if __name__ == "__main__":
@@ -228,12 +242,15 @@ if __name__ == "__main__":
     model = GPT.from_pretrained(checkpoint or args.init)
     model.compute_dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     model.to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999),
+                                  weight_decay=args.weight_decay, fused=True)
     state = load_trainer(checkpoint, optimizer) if checkpoint else dict(step=0, cursor=0)
-    cursor = state["cursor"]                                                             # positions used so far
+    cursor = state["cursor"]                                                           # positions used so far
     room = min(args.max_prompt_tokens, model.config.max_positions - args.max_new_tokens)
+    build_prompt([0], *template, room)                                                   # does it fit at all?
     parameters = sum(p.numel() for p in model.parameters())
-    peak = next((f for name, f in PEAK_FLOPS.items() if args.device == "cuda" and name in torch.cuda.get_device_name()), None)
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else ""
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
     interrupted = catch_interrupts()
     if parallel.RANK == 0:
         open_run(args, checkpoint)
@@ -241,55 +258,61 @@ if __name__ == "__main__":
            f"{args.batch_size} positions x {args.rollouts} rollouts each")
 
     for step in range(state["step"], args.steps):
-        # ---- ROLLOUT and REWARD -------------------------------------------------------------------------------------
+        # ---- ROLLOUT and REWARD ----------------------------------------------------------------------------
         dynamic = 0 <= args.dynamic_sampling_from <= step
-        seen, kept, missing = [], [], args.batch_size    # groups of this rank: all, those that train; still wanted, all ranks
+        seen, kept = [], []              # groups of this rank: all that were sampled, and those that train
+        missing = args.batch_size        # groups still wanted, over all ranks
         dt_gen = dt_reward = 0.0
         for draw in range(args.max_rounds if dynamic else 1):
             clock = time.perf_counter()
             chosen = positions[shuffled(len(positions), cursor, args.batch_size, args.seed)]
             cursor += args.batch_size
             mine = parallel.share(args.batch_size)
-            questions = [make_question(corpus, tokenizer, position, template, room) for position in chosen[mine]]
-            with tqdm(total=len(questions) * args.rollouts, desc=f"step {step + 1} rollouts", leave=False, disable=None) as bar:
-                rollouts = generate(model, [q.prompt for q in questions], args.rollouts, args.max_new_tokens, args.temperature,
-                                    stop_ids(tokenizer), (args.seed, step, draw), mine.start, args.max_rows, bar.update)
+            questions = [make_question(corpus, tokenizer, t, template, room) for t in chosen[mine]]
+            total = len(questions) * args.rollouts
+            with tqdm(total=total, desc=f"step {step + 1} rollouts", leave=False, disable=None) as bar:
+                rollouts = generate(model, [q.prompt for q in questions], args.rollouts, args.max_new_tokens,
+                                    args.temperature, stop_ids(tokenizer), (args.seed, step, draw),
+                                    mine.start, args.max_rows, bar.update)
             dt_gen, clock = dt_gen + time.perf_counter() - clock, time.perf_counter()
             groups = [score(tokenizer, question, r) for question, r in zip(questions, rollouts)]
-            useful = [i for i, alive in enumerate(parallel.gather_lists([not dynamic or len(set(g.rewards)) > 1 for g in groups]))
-                      if alive][:missing]                                                # the same list on every rank
+            alive = parallel.gather_lists([not dynamic or len(set(g.rewards)) > 1 for g in groups])
+            useful = np.flatnonzero(alive)[:missing]                                     # equal on all ranks
             kept += [groups[i - mine.start] for i in useful if mine.start <= i < mine.stop]
             seen, missing = seen + groups, missing - len(useful)
             dt_reward += time.perf_counter() - clock
             if not missing:
                 break
 
-        # ---- ADVANTAGE ----------------------------------------------------------------------------------------------
-        rewards = torch.tensor([g.rewards for g in kept]).view(-1, args.rollouts)        # (N, G), of this rank
+        # ---- ADVANTAGE -------------------------------------------------------------------------------------
+        rewards = torch.tensor([g.rewards for g in kept]).view(-1, args.rollouts)       # (N, G), of this rank
         advantages = group_advantages(rewards, args.normalize_advantage).tolist()
 
-        # ---- UPDATE -------------------------------------------------------------------------------------------------
+        # ---- UPDATE ----------------------------------------------------------------------------------------
         clock = time.perf_counter()
         metrics = policy_step(model, optimizer, kept, advantages, args)
         dt_train = time.perf_counter() - clock
 
-        # ---- LOG ----------------------------------------------------------------------------------------------------
+        # ---- LOG -------------------------------------------------------------------------------------------
         seen = parallel.gather_lists(seen)
         metrics = dict(step=step + 1) | rollout_metrics(seen) | metrics
-        sampled = sum(len(g.question.prompt) + sum(len(r.tokens) for r in g.rollouts) for g in seen)   # prompts once
-        flops = 2 * parameters * sampled + 6 * parameters * metrics["trained_tokens"]
-        metrics |= dict(lr=args.lr, gen_tok_s=metrics["tokens"] / dt_gen, train_tok_s=metrics["trained_tokens"] / dt_train,
-                        mfu=6 * parameters * metrics["trained_tokens"] / dt_train / parallel.WORLD / peak if peak else 0.0,
-                        flops=flops, dt_gen=dt_gen, dt_reward=dt_reward, dt_train=dt_train)
+        sampled = sum(group_tokens(g) for g in seen)                                     # prompts once
+        trained = metrics["trained_tokens"]
+        metrics |= dict(lr=args.lr, gen_tok_s=metrics["tokens"] / dt_gen, train_tok_s=trained / dt_train,
+                        mfu=6 * parameters * trained / dt_train / parallel.WORLD / peak if peak else 0.0,
+                        flops=2 * parameters * sampled + 6 * parameters * trained,
+                        dt_gen=dt_gen, dt_reward=dt_reward, dt_train=dt_train)
         stop = any(parallel.gather_lists([bool(interrupted)]))
         if parallel.RANK == 0:
-            append(f"{args.out_dir}/metrics.jsonl", [{k: None if v != v else v for k, v in metrics.items()}])   # NaN: no value
+            record = {name: None if value != value else value for name, value in metrics.items()}  # NaN: none
+            append(f"{args.out_dir}/metrics.jsonl", [record])
             append(f"{args.out_dir}/samples.jsonl", [sample_record(tokenizer, step + 1, seen[0], i)
                                                      for i in range(min(SAMPLES_LOGGED, args.rollouts))])
             print(step_line(args.steps, metrics), flush=True)
             if stop or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 save_checkpoint(args.out_dir, step + 1, model, tokenizer, optimizer, cursor=cursor)
         if stop:
+            parallel.wait()                                  # torchrun ends all ranks when one of them leaves
             print0(f"stopped after step {step + 1} and saved; the same command with --resume continues")
             sys.exit(130)
     print0(f"done: {args.out_dir}/step_{args.steps:06d}, curves: python plot.py {args.out_dir}")

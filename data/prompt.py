@@ -1,32 +1,43 @@
 """Prompts: template ids + the context's own token ids + template suffix ids.
 
-The context is never decoded and tokenised again: its last token would change where the text is cut inside a word.
-v0 to v6 follow the structures of the paper's appendix D, in our own words; the paper trains with v0, and reports that
-fences and a list of candidates (v6) start best. "short" is for a model that has met the strings of train_ntp.py: the
-context, then <think>.
+The context is never decoded and tokenised again: its last token would change where the text is cut inside a
+word. v0 to v6 follow the structures of the paper's appendix D, in our own words; the paper trains with v0,
+and reports that fences and a list of candidates (v6) start best. "short" is for a model that has met the
+strings of train_ntp.py: the context, then <think>.
 """
-SPACE = r"The continuation may begin with a space, for example \boxed{ para} or \boxed{ =}. Do not use \text{}."
+SPACE = (r"The continuation may begin with a space, for example \boxed{ para} or \boxed{ =}. "
+         r"Do not use \text{}.")
+CONTEXT = "\n\n### Context\n"
+FENCED = CONTEXT + "```\n"
 
 # name: (before the context, after it)
 TEMPLATES = {
-    "v0": ("Continue the text under ### Context by predicting its next token. Think step by step to find the most "
-           r"probable next token, then give it as your final answer in \boxed{}. " + SPACE + "\n\n### Context\n", ""),
-    "v1": ("Continue the text under ### Context by predicting its next token. Think step by step to find the most "
-           r"probable next token, then give it as your final prediction in \\boxed{}. " + SPACE + "\n\n### Context\n```\n", "\n```"),
-    "v2": ("You are a helpful assistant who is good at predicting the next token of a text. Continue the text under "
-           "### Context. Think step by step to find the most probable next token, then give it as your final "
-           r"prediction in \\boxed{}. " + SPACE + "\n\n### Context\n```\n", "\n```"),
-    "v3": ("Continue the text under ### Context by predicting its next token. Think step by step: list several candidate "
-           r"tokens, then choose the most probable one and give it in \boxed{}. " + SPACE + "\n\n### Context\n```\n", "\n```"),
-    "v4": ("Continue the text under ### Context by predicting its next token. Think step by step to find the most probable "
-           r"next token, then give it as your final answer in \boxed{}." "\n\n### Context\n```\nWe are asked to show\n```\n"
-           r"\boxed{ that}" "\n\n### Context\n```\nTherefore 3 + 4 =\n```\n" r"\boxed{ 7}"
-           "\n\n### Context\n```\nThe cases are\n```\n" r"\boxed{:\n}" "\n\n### Context\n```\n", "\n```"),
-    "v5": ("Continue the text under ### Context by predicting its next token. Think step by step to find the most "
-           r"probable next token, then give it as your final answer in \boxed{}. " + SPACE + "\n\n### Context\n```\n", "\n```"),
+    "v0": ("Continue the text under ### Context by predicting its next token. Think step by step to find the "
+           r"most probable next token, then give it as your final answer in \boxed{}. " + SPACE + CONTEXT,
+           ""),
+    "v1": ("Continue the text under ### Context by predicting its next token. Think step by step to find the "
+           r"most probable next token, then give it as your final prediction in \\boxed{}. " + SPACE + FENCED,
+           "\n```"),
+    "v2": ("You are a helpful assistant who is good at predicting the next token of a text. Continue the "
+           "text under ### Context. Think step by step to find the most probable next token, then give it as "
+           r"your final prediction in \\boxed{}. " + SPACE + FENCED,
+           "\n```"),
+    "v3": ("Continue the text under ### Context by predicting its next token. Think step by step: list "
+           r"several candidate tokens, then choose the most probable one and give it in \boxed{}. "
+           + SPACE + FENCED,
+           "\n```"),
+    "v4": ("Continue the text under ### Context by predicting its next token. Think step by step to find the "
+           r"most probable next token, then give it as your final answer in \boxed{}."
+           + FENCED + "We are asked to show\n```\n" r"\boxed{ that}"
+           + FENCED + "Therefore 3 + 4 =\n```\n" r"\boxed{ 7}"
+           + FENCED + "The cases are\n```\n" r"\boxed{:\n}" + FENCED,
+           "\n```"),
+    "v5": ("Continue the text under ### Context by predicting its next token. Think step by step to find the "
+           r"most probable next token, then give it as your final answer in \boxed{}. " + SPACE + FENCED,
+           "\n```"),
     "v6": ("Below is the beginning of a text. Which token comes next?\n```\n",
-           "\n```\nList several tokens that could follow, weigh them step by step, and put the most probable one in "
-           r"\boxed{}. " + SPACE + " Predict the next token now."),
+           "\n```\nList several tokens that could follow, weigh them step by step, and put the most probable "
+           r"one in \boxed{}. " + SPACE + " Predict the next token now."),
     "short": ("", ""),
 }
 
@@ -48,7 +59,8 @@ def template_ids(tokenizer, template):
     if template == "short":
         after = "<think>"
     else:
-        user, assistant = next((turn for token, turn in CHAT.items() if token in tokenizer.special), ("", "\n\n"))
+        turns = (turn for token, turn in CHAT.items() if token in tokenizer.special)
+        user, assistant = next(turns, ("", "\n\n"))
         before, after = user + before, after + assistant + "<think>\n"
     return tokenizer.encode(before, special=True), tokenizer.encode(after, special=True)
 
@@ -57,8 +69,8 @@ def build_prompt(context, before, after, room):
     """context ids -> prompt ids of at most `room` tokens; a longer context loses its beginning."""
     keep = room - len(before) - len(after)
     if keep < 1:
-        raise ValueError(f"the template takes {len(before) + len(after)} tokens and the prompt may have {room}: "
-                         "no room for any context; use a shorter template or more positions")
+        raise ValueError(f"the template takes {len(before) + len(after)} tokens, the prompt may have {room}: "
+                         "no room for context; use a shorter template, fewer new tokens or more positions")
     return before + list(context[-keep:]) + after
 
 

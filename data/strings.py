@@ -1,18 +1,20 @@
 r"""Think/answer strings from any text: the warm start for a model that has never boxed a prediction.
 
     python data/strings.py --corpus C --proxy SmolLM2-135M --template v6 --count 2000 --out strings.jsonl
-    python train_ntp.py --corpus C --strings strings.jsonl --documents-per-step 0 --init SmolLM2-135M --out-dir runs/warm
+    python train_ntp.py --corpus C --strings strings.jsonl --documents-per-step 0 --init SmolLM2-135M ...
 
-Each string is a position of the training text that data/filter.py found hard, in the prompt that RPT will use, and
+Each string is a position of the training text that data/filter.py found hard, in the prompt of RPT, and a
+response:
 
-    The text ends in " so the answer". It may go on with " is", " to" or ":". Most likely " is".</think>\boxed{ is}<eos>
+    The text ends in " so the answer". It may go on with " is", " to" or ":". Most likely " is".
+    </think>\boxed{ is}<eos>
 
-The candidates are the proxy's most probable tokens and the true one, in random order; the box is always the truth. This
-teaches the form and what candidates are for. Finding out which one is right is left to RPT.
+in one line. The candidates are the proxy's most probable tokens and the true one, in random order; the box is
+always the truth. This teaches the form and what candidates are for. Finding out which one is right is left to
+RPT.
 """
 import argparse
 import json
-import os
 import random
 import sys
 from pathlib import Path
@@ -23,12 +25,14 @@ from tqdm import tqdm
 
 if __name__ == "__main__":  # the repository, not data/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from checkpoint import write
 from data import speak_once
 from data.filter import find_scores, load_positions
 from data.prepare import load_corpus
 from data.prompt import build_prompt, template_ids
 from data.tokenizer import Tokenizer
 from model import GPT
+from reward import extract_prediction
 
 TAIL = 6         # tokens of the context that the thought repeats
 CANDIDATES = 3   # tokens that it weighs
@@ -44,19 +48,23 @@ def readable(raw):
 
 @torch.no_grad()
 def write_string(rng, model, tokenizer, context, truth, template, room):
-    """context ids and the true next id -> {"prompt", "response", "text"}, or None where a token does not print."""
-    prompt = build_prompt(context, *template, room)
-    window = torch.tensor([context[-room:]], device=model.device)
+    """context ids and the true next id -> {"prompt", "response", "text"}; None if that cannot be written."""
+    positions = model.config.max_positions
+    window = torch.tensor([context[-min(room, positions):]], device=model.device)
     best = model(window)[0, -1].topk(CANDIDATES).indices.tolist()
     candidates = list(dict.fromkeys([truth, *best]))[:CANDIDATES]
     rng.shuffle(candidates)
     words = [readable(tokenizer.token_bytes(id)) for id in candidates]
-    answer, tail = readable(tokenizer.token_bytes(truth)), readable(tokenizer.decode_bytes(context[-TAIL:]))
-    if None in words or answer is None or tail is None:
+    raw, tail = tokenizer.token_bytes(truth), readable(tokenizer.decode_bytes(context[-TAIL:]))
+    if None in words or tail is None:  # a character is cut
         return None
-    thought = f"The text ends in {tail}. It may go on with {', '.join(words[:-1])} or {words[-1]}. Most likely {answer}."
+    thought = (f"The text ends in {tail}. It may go on with {', '.join(words[:-1])} or {words[-1]}. "
+               f"Most likely {readable(raw)}.")
     response = (tokenizer.encode(thought) + tokenizer.encode("</think>", special=True)
-                + tokenizer.encode(rf"\boxed{{{json.loads(answer)}}}") + [tokenizer.eos_id])
+                + tokenizer.encode(rf"\boxed{{{raw.decode()}}}") + [tokenizer.eos_id])
+    if extract_prediction(tokenizer.decode_bytes(response)) != raw:  # a } alone does not fit into a box
+        return None
+    prompt = build_prompt(context, *template, min(room, positions - len(response)))
     return dict(prompt=prompt, response=response, text=tokenizer.decode_bytes(response).decode())
 
 
@@ -75,21 +83,22 @@ if __name__ == "__main__":
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
+    for name in ("count", "max_prompt_tokens"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     corpus, tokenizer, rng = load_corpus(args.corpus), Tokenizer.load(args.proxy), random.Random(args.seed)
     corpus.check(tokenizer, args.proxy)
     template = template_ids(tokenizer, args.template)
     positions = load_positions(corpus, find_scores(corpus, args.proxy), args.entropy_threshold, "train")
-    model = GPT.from_pretrained(args.proxy, torch.bfloat16 if args.device == "cuda" else torch.float32, args.device)
-    room = min(args.max_prompt_tokens, model.config.max_positions)
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    model = GPT.from_pretrained(args.proxy, dtype, args.device)
     order = np.random.default_rng(args.seed).permutation(len(positions))[:args.count]
-    written = 0
-    with open(args.out + ".partial", "w") as file:
-        for t, start, _ in tqdm(positions[order], desc="strings", disable=None):
-            string = write_string(rng, model, tokenizer, corpus.tokens[start:t].tolist(), int(corpus.tokens[t]), template, room)
-            if string:
-                file.write(json.dumps(string, ensure_ascii=False) + "\n")
-                written, text = written + 1, string["text"]
-    if not written:
+    strings = []
+    for t, start, _ in tqdm(positions[order], desc="strings", disable=None):
+        context, truth = corpus.tokens[start:t].tolist(), int(corpus.tokens[t])
+        string = write_string(rng, model, tokenizer, context, truth, template, args.max_prompt_tokens)
+        strings += [string] if string else []
+    if not strings:
         raise ValueError(f"{args.out}: not one of {len(order)} positions has a token that prints")
-    os.replace(args.out + ".partial", args.out)
-    print(f"{written:,} strings written to {args.out}, the last one:\n    {text}")
+    write(args.out, "".join(json.dumps(string, ensure_ascii=False) + "\n" for string in strings))
+    print(f"{len(strings):,} strings written to {args.out}, the last one:\n    {strings[-1]['text']}")

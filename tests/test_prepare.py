@@ -186,7 +186,7 @@ def test_a_wrong_source_is_refused_before_any_work(tmp_path, source, complaint):
 def test_a_corpus_without_documents_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no document is left$"):
         prepare(tmp_path, jsonl(tmp_path / "a.jsonl", b""))
-    with pytest.raises(ValueError, match="no document is left; first bad line: .*a.jsonl line 1: .* a number"):
+    with pytest.raises(ValueError, match="no document is left; first bad line: .*a.jsonl line 1: "):
         prepare(tmp_path, jsonl(tmp_path / "a.jsonl", b"1", b"2"), skipped=[])
 
 
@@ -330,9 +330,9 @@ def test_ctrl_c_leaves_nothing_behind_and_says_how_to_go_on(tmp_path, checkpoint
 
 
 def speak(tmp_path, body):
-    (tmp_path / "script.py").write_text(f"import sys\nfrom data import speak_once\nsys.excepthook = speak_once\n{body}")
-    done = subprocess.run([sys.executable, tmp_path / "script.py"], env=os.environ | {"PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True)
+    script, environment = tmp_path / "script.py", os.environ | {"PYTHONPATH": str(ROOT)}
+    script.write_text(f"import sys\nfrom data import speak_once\nsys.excepthook = speak_once\n{body}\n")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     return done.returncode, done.stderr
 
 

@@ -1,0 +1,319 @@
+"""What the data says: entropies against transformers, prompts id by id, the embedded corpus by its own arithmetic."""
+import json
+import random
+import re
+from functools import reduce
+
+import numpy as np
+import pytest
+import torch
+
+import data.corpus as embedded
+from data import filter as entropy_filter
+from data.corpus import WORDS, think, think_string, write_document
+from data.filter import find_scores, load_positions, score_corpus, score_document, scores_path
+from data.prepare import load_corpus, write_corpus
+from data.prompt import TEMPLATES, build_prompt, stop_ids, template_ids
+from data.strings import write_string
+from data.tokenizer import Tokenizer
+from model import GPT
+from reward import extract_prediction, prefix_match
+from tiny import base, corpus, run_here, tiny_model
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.load("embedded")
+
+
+def save_proxy(folder, tokenizer, max_positions=128, seed=0):
+    """A random model whose predictions are far from uniform."""
+    model = tiny_model(tokenizer.vocab_size, max_positions)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.normal_(std=0.3)
+    model.save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
+
+
+# ---- filter ----------------------------------------------------------------------------------------------------------
+
+def test_entropies_are_those_of_transformers_also_beyond_the_models_positions(tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    rng, window = random.Random(1), 24
+    documents = [("", "".join(sum((write_document(rng)[:2] for _ in range(n)), ()))) for n in (1, 3, 12)]
+    documents += [write_document(rng)[:2]]
+    corpus = write_corpus(documents, tokenizer, tmp_path / "corpus")
+    proxy = save_proxy(tmp_path / "proxy", tokenizer, max_positions=window)
+    scores = np.load(score_corpus(corpus, proxy))
+    model = transformers.AutoModelForCausalLM.from_pretrained(proxy, dtype=torch.float32).eval()
+    checked = 0
+    for start, solution, end, _ in corpus.docs:
+        at = solution  # windows as the docstring has them: a half of context, then what is scored
+        while at < end:
+            first = max(start, min(at - window // 2, end - window))
+            ids = corpus.tokens[first:min(first + window, end)].astype(np.int64)
+            with torch.no_grad():
+                probs = model(torch.tensor(ids[None])).logits[0].double().softmax(dim=-1)
+            for t in range(at, first + len(ids)):
+                p = probs[t - 1 - first]
+                top = p.sort(descending=True).values[:16]  # of the full softmax: these do not add up to 1
+                assert scores[t, 0] == pytest.approx(-(top * top.log()).sum().item(), abs=1e-4)
+                assert scores[t, 1] == (p.argmax() == corpus.tokens[t])
+                checked += 1
+            at = first + len(ids)
+    assert checked >= 500 and checked == (~np.isnan(scores[:, 0])).sum()
+    assert scores[~np.isnan(scores[:, 0]), 0].max() < np.log(16)
+
+
+def test_a_long_document_is_scored_with_at_least_half_a_window_of_context(tokenizer):
+    """Each token depends on exactly the window before it: changing an older one changes nothing."""
+    model = tiny_model(tokenizer.vocab_size, max_positions=16)
+    tokens = np.arange(50, dtype=np.uint32)
+    whole = score_document(model, tokens, 1)
+    assert whole.shape == (49, 2) and np.isfinite(whole).all()
+    for t in range(1, 50):
+        changed = tokens.copy()
+        changed[max(0, t - 8):t] += 100  # inside every window
+        assert abs(score_document(model, changed, 1)[t - 1, 0] - whole[t - 1, 0]) > 0
+        older = tokens.copy()
+        older[:max(0, t - 15)] += 100    # outside of any
+        assert score_document(model, older, 1)[t - 1, 0] == pytest.approx(whole[t - 1, 0], abs=1e-6)
+
+
+def test_interrupted_scoring_goes_on_where_it_stopped(corpus, base, tmp_path, monkeypatch):
+    folder = load_corpus(corpus.folder)._replace(folder=tmp_path)
+    calls = []
+
+    def press_ctrl_c(model, tokens, first):
+        calls.append(len(tokens))
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return score_document(model, tokens, first)
+
+    monkeypatch.setattr(entropy_filter, "score_document", press_ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        score_corpus(folder, base)
+    partial = np.load(scores_path(folder, base))
+    assert (~np.isnan(partial[:, 0])).sum() == sum(e - s for _, s, e, v in sorted(corpus.docs.tolist(), key=lambda d: d[3])[:19])
+    path = score_corpus(folder, base)
+    assert len(calls) == len(corpus.docs) + 1  # only the document that was interrupted came twice
+    assert np.array_equal(np.load(path), np.load(find_scores(corpus)), equal_nan=True)
+    score_corpus(folder, base)
+    assert len(calls) == len(corpus.docs) + 1  # all there: nothing to do
+
+
+def test_documents_limits_each_side_of_the_split(corpus, base, tmp_path):
+    scores = np.load(score_corpus(corpus._replace(folder=tmp_path), base, documents=3))
+    scored = [not np.isnan(scores[s, 0]) for _, s, _, _ in corpus.docs]
+    assert [sum(np.array(scored)[corpus.docs[:, 3] == side]) for side in (0, 1)] == [3, 3]
+
+
+def test_another_proxy_has_another_file_and_a_copy_the_same(corpus, base, tokenizer, tmp_path):
+    other = save_proxy(tmp_path / "other", tokenizer)
+    model = GPT.from_pretrained(base)
+    model.save_pretrained(tmp_path / "copy")
+    assert scores_path(corpus, tmp_path / "copy") == scores_path(corpus, base) != scores_path(corpus, other)
+    with torch.no_grad():
+        model.norm.weight[0] += 1
+    model.save_pretrained(tmp_path / "copy")
+    assert scores_path(corpus, tmp_path / "copy") != scores_path(corpus, base)
+
+
+def test_two_proxies_have_to_be_told_apart(corpus, base, tokenizer, tmp_path):
+    own = corpus._replace(folder=tmp_path)
+    with pytest.raises(ValueError, match="no entropies yet; run python data/filter.py"):
+        find_scores(own)
+    first = score_corpus(own, base, documents=1)
+    assert find_scores(own) == find_scores(own, base) == first
+    other = save_proxy(tmp_path / "other", tokenizer)
+    with pytest.raises(ValueError, match="no entropies under"):
+        find_scores(own, other)
+    second = score_corpus(own, other, documents=1)
+    with pytest.raises(ValueError, match="scored by 2 proxies; choose with --proxy"):
+        find_scores(own)
+    assert (find_scores(own, base), find_scores(own, other)) == (first, second)
+
+
+@pytest.mark.parametrize("threshold", [-1, 0.3, 1.0])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_positions_are_solution_tokens_of_the_right_side_above_the_threshold(corpus, threshold, split):
+    entropy = np.load(find_scores(corpus))[:, 0]
+    expected = [(t, start, end) for start, solution, end, is_val in corpus.docs.tolist() if is_val == (split == "val")
+                for t in range(max(solution, start + 1), end) if entropy[t] > threshold]
+    assert list(map(tuple, load_positions(corpus, find_scores(corpus), threshold, split))) == expected != []
+
+
+def test_plain_text_has_no_question_without_a_context(tokenizer, base, tmp_path):
+    corpus = write_corpus([("", "The digit is even, namely zero."), ("", "Problem: three")], tokenizer, tmp_path / "c")
+    positions = load_positions(corpus, score_corpus(corpus, base), -1, "train")
+    start, _, end, _ = corpus.docs[corpus.docs[:, 3] == 0][0]
+    assert positions[:, 0].tolist() == list(range(start + 1, end))
+
+
+# ---- prompt ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def chat_tokenizer(tokenizer):
+    special = ("<think>", "</think>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    return Tokenizer(tokenizer.ranks, {text: 600 + i for i, text in enumerate(special)}, tokenizer.pattern)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_context_ids_survive_and_the_thought_is_open(tokenizer, template):
+    context = tokenizer.encode("Solution: The dig") + [65, 65, 66]  # no text tokenises to these ids
+    before, after = template_ids(tokenizer, template)
+    prompt = build_prompt(context, before, after, 1000)
+    assert prompt == before + context + after
+    assert tokenizer.decode_bytes(after).rstrip(b"\n").endswith(b"<think>") and tokenizer.special["<think>"] in after
+    words = tokenizer.decode_bytes(before + after).decode()
+    assert (rb"\boxed{" in words.encode()) == (template != "short")
+    assert ("```" in words) == (template not in ("v0", "short"))
+
+
+def test_all_templates_differ(tokenizer):
+    assert len({str(template_ids(tokenizer, name)) for name in TEMPLATES}) == len(TEMPLATES) == 8
+
+
+def test_a_long_context_loses_its_beginning(tokenizer):
+    context, before, after = list(range(50)), [100, 101], [102]
+    assert build_prompt(context, before, after, 13) == [100, 101, *range(40, 50), 102]
+    assert build_prompt(context, before, after, 4) == [100, 101, 49, 102]
+    assert build_prompt(context, before, after, 53) == build_prompt(context, before, after, 999)
+
+
+@pytest.mark.parametrize("room", [3, 0, -50])
+def test_a_template_that_leaves_no_room_says_so(room):
+    with pytest.raises(ValueError, match=f"takes 3 tokens, the prompt may have {room}: no room for context"):
+        build_prompt([1, 2], [100, 101], [102], room)
+
+
+def test_an_unknown_template_is_named_with_the_known_ones(tokenizer):
+    with pytest.raises(ValueError, match="unknown template 'v7'; there are v0, v1, .*, v6, short"):
+        template_ids(tokenizer, "v7")
+
+
+@pytest.mark.parametrize("template", [name for name in TEMPLATES if name != "short"])
+def test_a_chat_model_gets_its_turns_as_special_tokens(chat_tokenizer, template):
+    before, after = template_ids(chat_tokenizer, template)
+    special = chat_tokenizer.special
+    assert before[0] == special["<|im_start|>"] and before.count(special["<|im_start|>"]) == 1
+    turn = chat_tokenizer.decode_bytes(after).decode()
+    assert turn.endswith("<|im_end|>\n<|im_start|>assistant\n<think>\n")
+    assert [id for id in after if id >= 600] == [special[t] for t in ("<|im_end|>", "<|im_start|>", "<think>")]
+
+
+def test_short_has_no_turns_and_every_end_of_turn_stops(chat_tokenizer, tokenizer):
+    assert template_ids(chat_tokenizer, "short") == ([], [600])
+    assert stop_ids(chat_tokenizer) == [603, 604]
+    assert stop_ids(tokenizer) == [tokenizer.eos_id]
+
+
+# ---- the embedded corpus ---------------------------------------------------------------------------------------------
+
+def left_to_right(expression):
+    """'5+3*7' -> (5 + 3) * 7 mod 10, by another route than the generator's."""
+    first, *operations = re.findall(r"^\d|[+*]\d+", expression)
+    assert first + "".join(operations) == expression
+    return reduce(lambda x, op: x + int(op[1:]) if op[0] == "+" else x * int(op[1:]), operations, int(first)) % 10
+
+
+def test_the_answer_of_every_document_is_right():
+    rng, answers = random.Random(7), set()
+    for _ in range(500):
+        problem, solution, *_ = write_document(rng)
+        answer = left_to_right(re.search(r"\d[\d+*]+", problem)[0])
+        words = re.findall("|".join(["odd", "even", *WORDS]), solution)
+        assert words == [("even", "odd")[answer % 2], WORDS[answer]]
+        answers.add(answer)
+    assert answers == set(range(10))
+
+
+@pytest.mark.parametrize("wrong", [0.0, 1.0])
+def test_a_thought_is_right_unless_it_slips_and_slips_once(monkeypatch, wrong):
+    monkeypatch.setattr(embedded, "WRONG", wrong)
+    rng, slips = random.Random(3), []
+    for _ in range(200):
+        problem, _, start, operations = write_document(rng)
+        thought, digit = think(rng, start, operations)
+        steps = re.findall(r"(\d[+*]\d+)=(\d);", thought)
+        assert len(steps) == len(operations) and steps[-1][1] == str(digit)
+        assert [step[0] for step, _ in steps] == [str(start)] + [result for _, result in steps[:-1]]
+        slips.append(sum(left_to_right(step) != int(result) for step, result in steps))
+        assert slips[-1] or digit == left_to_right(re.search(r"\d[\d+*]+", problem)[0])
+    assert set(slips) == {0} if wrong == 0 else set(slips) == {0, 1} and np.mean(slips) > 0.8
+
+
+@pytest.mark.parametrize("skipped", [0.0, 1.0])
+def test_the_box_is_the_truth_where_nobody_slipped(tokenizer, monkeypatch, skipped):
+    monkeypatch.setattr(embedded, "SKIPPED", skipped)
+    monkeypatch.setattr(embedded, "WRONG", 0.0)
+    rng = random.Random(5)
+    for _ in range(200):
+        document = write_document(rng)
+        prompt, response = think_string(rng, tokenizer, document)
+        ids = tokenizer.encode(document[0]) + tokenizer.encode(document[1])
+        t = len(prompt) - 1
+        assert prompt == ids[:t] + [tokenizer.special["<think>"]] and response[-1] == tokenizer.eos_id
+        assert t >= len(tokenizer.encode(document[0]))
+        text = tokenizer.decode_bytes(response)
+        assert text.startswith(b"</think>") == (skipped == 1)
+        assert extract_prediction(text) == tokenizer.token_bytes(ids[t])
+
+
+def test_no_string_comes_from_a_validation_document(tokenizer, tmp_path):
+    code, _, err = run_here("data/corpus.py", "--out", tmp_path / "corpus", "--documents", 200, "--seed", 1)
+    assert (code, err) == (0, "")
+    corpus = load_corpus(tmp_path / "corpus")
+    texts = {side: [tokenizer.decode_bytes(corpus.tokens[start:end].tolist()) for start, _, end, v in corpus.docs if v == side]
+             for side in (0, 1)}
+    prompts = [tokenizer.decode_bytes(json.loads(line)["prompt"][:-1])
+               for line in (tmp_path / "corpus" / "strings.jsonl").open()]
+    assert len(texts[0]) + len(texts[1]) == 200 and len(prompts) == len(texts[0]) < 200
+    for prompt in prompts:
+        assert any(text.startswith(prompt) for text in texts[0])
+        assert not any(text.startswith(prompt) for text in texts[1])
+
+
+def test_the_same_seed_writes_the_same_corpus(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert run_here("data/corpus.py", "--out", tmp_path / name, "--documents", 50, "--seed", seed)[0] == 0
+    read = lambda name: [(tmp_path / name / file).read_bytes() for file in ("tokens.bin", "docs.npy", "strings.jsonl")]
+    assert read("a") == read("b") and read("a")[0] != read("c")[0]
+
+
+# ---- strings ---------------------------------------------------------------------------------------------------------
+
+def test_every_string_ends_with_eos_and_earns_the_reward(corpus, base, tmp_path):
+    code, out, err = run_here("data/strings.py", "--corpus", corpus.folder, "--proxy", base, "--template", "short",
+                              "--count", 60, "--entropy-threshold", 0, "--out", tmp_path / "strings.jsonl")
+    assert (code, err) == (0, "") and "60 strings written" in out
+    tokenizer = Tokenizer.load(base)
+    train = {tuple(corpus.tokens[start:t]): [tokenizer.token_bytes(int(id)) for id in corpus.tokens[t:end]]
+             for t, start, end in load_positions(corpus, find_scores(corpus), 0, "train")}
+    for record in map(json.loads, (tmp_path / "strings.jsonl").open()):
+        truth = train[tuple(record["prompt"][:-1])]
+        text = tokenizer.decode_bytes(record["response"])
+        assert record["response"][-1] == tokenizer.eos_id and record["text"].encode() == text
+        assert extract_prediction(text) == truth[0] and prefix_match(extract_prediction(text), truth) == 1.0
+        assert json.dumps(truth[0].decode()) in record["text"].split("It may go on with ")[1].split("Most likely")[0]
+
+
+def test_bytes_that_do_not_fit_into_a_box_or_a_text_make_no_string(base):
+    model, tokenizer = GPT.from_pretrained(base), Tokenizer.load(base)
+    context = tokenizer.encode("Problem: Mia works out 3+4")
+    write = lambda raw: write_string(random.Random(0), model, tokenizer, context, tokenizer.ranks[raw], ([], [1]), 99)
+    assert write(b"}") is None and write(b"\xc3") is None
+    for raw in (b"{", b"\\", b" ", b"\n", b'"', b"even"[:1]):
+        assert extract_prediction(write(raw)["text"].encode()) == raw
+
+
+def test_a_string_fits_into_the_models_positions(base):
+    model, tokenizer = GPT.from_pretrained(base), Tokenizer.load(base)
+    context = tokenizer.encode("Problem: Mia works out 3+4 " * 40)
+    string = write_string(random.Random(0), model, tokenizer, context, context[0], ([7, 8], [9]), 512)
+    assert len(string["prompt"] + string["response"]) == model.config.max_positions
+    assert string["prompt"][:2] == [7, 8] and string["prompt"][-2:] == [context[-1], 9]

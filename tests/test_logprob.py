@@ -1,0 +1,96 @@
+"""Log-probabilities and entropies against log_softmax in fp64."""
+import pytest
+import torch
+
+from kernels import logprob as module
+from kernels.logprob import logprob
+
+
+def case(N=7, D=8, V=11, dtype=torch.float32):
+    """hidden (N, D), weight (V, D), with gradients; targets (N,), the first and the last token among them."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, D, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(V, D, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(V, (N,), generator=generator)
+    targets[0], targets[-1] = 0, V - 1
+    return hidden, weight, targets
+
+
+def oracle(hidden, weight, targets, temperature=1.0):
+    """The same in fp64, one row at a time."""
+    logprobs, entropies = [], []
+    for h, target in zip(hidden.double(), targets):
+        log_p = torch.log_softmax(weight.double() @ h / temperature, dim=0)
+        logprobs.append(log_p[target])
+        entropies.append(-(log_p.exp() * log_p).sum())
+    return torch.stack(logprobs), torch.stack(entropies)
+
+
+def gradients(logprobs, entropy, inputs):
+    """Gradients of a loss that weighs every row, and log-prob and entropy, differently."""
+    rows = torch.linspace(-1, 2, len(logprobs), dtype=logprobs.dtype)
+    return torch.autograd.grad((rows * logprobs).sum() + (rows.flip(0) * entropy).sum() / 3, inputs)
+
+
+def assert_same(ours, theirs, atol):
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.8, 2.0])
+def test_logprob_and_entropy_belong_to_the_tempered_distribution(temperature):
+    hidden, weight, targets = case()
+    ours, theirs = logprob(hidden, weight, targets, temperature), oracle(hidden, weight, targets, temperature)
+    assert_same(ours, theirs, 1e-5)
+    assert_same(gradients(*ours, (hidden, weight)), gradients(*theirs, (hidden, weight)), 1e-4)
+
+
+@pytest.mark.parametrize("rows_per_chunk", [1, 2, 3, 7, 100])
+def test_a_chunk_border_changes_nothing(monkeypatch, rows_per_chunk):
+    hidden, weight, targets = case()
+    expected = logprob(hidden, weight, targets, 0.8)
+    monkeypatch.setattr(module, "CHUNK_LOGITS", rows_per_chunk * len(weight))
+    chunked = logprob(hidden, weight, targets, 0.8)
+    assert_same(chunked, expected, 1e-6)
+    assert_same(gradients(*chunked, (hidden, weight)), gradients(*expected, (hidden, weight)), 1e-5)
+
+
+def test_no_chunk_is_larger_than_asked_for(monkeypatch):
+    sizes, real = [], module.logprob_of_chunk
+    monkeypatch.setattr(module, "logprob_of_chunk", lambda h, *rest: sizes.append(len(h)) or real(h, *rest))
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 35)  # 3 rows of 11 logits
+    logprob(*case())
+    assert sizes == [3, 3, 1]
+
+
+def test_logits_of_120_overflow_nothing():
+    weight = torch.tensor([[120.0], [-120.0], [0.0]], requires_grad=True)
+    hidden = torch.tensor([[1.0], [-1.0], [1.0]], requires_grad=True)
+    logprobs, entropy = logprob(hidden, weight, torch.tensor([0, 0, 1]))
+    assert logprobs.tolist() == [0, -240, -240]
+    assert entropy.tolist() == [0, 0, 0]
+    assert all(gradient.isfinite().all() for gradient in gradients(logprobs, entropy, (hidden, weight)))
+
+
+def test_a_uniform_distribution_has_the_entropy_log_V():
+    logprobs, entropy = logprob(torch.zeros(2, 4), torch.ones(8, 4), torch.tensor([0, 7]))
+    assert logprobs.tolist() == pytest.approx([-2.0794415] * 2)  # log(1 / 8)
+    assert entropy.tolist() == pytest.approx([2.0794415] * 2)
+
+
+def test_no_rows_give_no_results_and_zero_gradients():
+    hidden, weight, _ = case()
+    logprobs, entropy = logprob(hidden[:0], weight, torch.zeros(0, dtype=torch.long))
+    assert logprobs.shape == entropy.shape == (0,)
+    (logprobs.sum() + entropy.sum()).backward()  # a rank without rows must still reach its gradients
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_bf16_hidden_states_give_fp32_results_and_gradients_in_the_masters_dtype():
+    hidden, weight, targets = case(dtype=torch.bfloat16)
+    master = weight.detach().float().requires_grad_()
+    logprobs, entropy = logprob(hidden, master, targets)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    assert_same((logprobs, entropy), oracle(hidden, weight, targets), 0.05)  # the logits were rounded to bf16
+    logprobs.sum().backward()
+    assert master.grad.dtype == torch.float32 and hidden.grad.dtype == torch.bfloat16
