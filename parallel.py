@@ -6,6 +6,7 @@ batch's gradient however many ranks there are.
 """
 import atexit
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -23,8 +24,14 @@ def start(device):
         torch.cuda.set_device(device)
     if WORLD > 1:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        atexit.register(dist.destroy_process_group)  # gloo's threads abort a process that leaves without this
+        atexit.register(leave)
     return device
+
+
+def leave():
+    """A gloo thread that still lets go of a tensor when the interpreter ends would abort the process."""
+    dist.destroy_process_group()
+    time.sleep(0.2)
 
 
 def share(n):

@@ -236,4 +236,5 @@ if __name__ == "__main__":
             parallel.wait()  # torchrun ends all ranks when one of them leaves
             print0(f"\nstopped after step {step + 1} and saved; the same command with --resume continues")
             sys.exit(130)
+    parallel.wait()  # for rank 0, which may be saving
     print0(f"done: {args.out_dir}/step_{args.steps:06d}")

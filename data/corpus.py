@@ -3,15 +3,15 @@ r"""The embedded corpus: text in which some tokens can be worked out but hardly 
     Problem: Mia works out 5+4*7*3+2 from left to right and keeps the last digit.
     Solution: The digit is odd, namely one.
 
-To know " odd" and " one" one has to go from digit to digit (5, 9, 3, 9, 1), and a small transformer has too few layers to
-take all the steps at once. All other tokens are easy. This generator is the only place that knows the steps; reward
-and RPT see nothing but the text.
+To know " odd" and " one" one has to go from digit to digit (5, 9, 3, 9, 1), and a small transformer has too few
+layers to take all the steps at once. All other tokens are easy. This generator is the only place that knows the
+steps; reward and RPT see nothing but the text.
 
     python data/corpus.py --out runs/demo/corpus
 
-writes a corpus folder (see data/prepare.py) and strings.jsonl: think/answer strings for the base model, one for each training
-document, as a pre-trained model has met reasoning of mixed quality. SKIPPED of them do not think, WRONG of the others slip once
-and believe it:
+writes a corpus folder (see data/prepare.py) and strings.jsonl: think/answer strings for the base model, one for
+each training document, as a pre-trained model has met reasoning of mixed quality. SKIPPED of them do not think,
+WRONG of the others slip once and believe it:
 
     ... Solution: The digit is<think>5+4=9;9*7=3;3*3=9;9+2=1; odd one</think>\boxed{ odd}<|end|>
 """
@@ -32,10 +32,10 @@ from data.tokenizer import Tokenizer
 NAMES = "Ada Ben Eva Leo Mia Max Tom Zoe".split()
 VERBS = ["works out", "computes", "calculates"]
 WORDS = "zero one two three four five six seven eight nine".split()
-OPERATIONS = ["+1", "+2", "+4", "*3", "*7"]               # 50 facts to learn; *3 and *7 lose no information modulo 10
-STEPS = (2, 6)                                            # operations in a problem, from and to
-SKIPPED, WRONG = 0.6, 0.2                                 # shares of the strings
-COMPUTED = 0.9                                            # share of the strings that ask for a computed token
+OPERATIONS = ["+1", "+2", "+4", "*3", "*7"]  # 50 facts to learn; *3 and *7 lose no information modulo 10
+STEPS = (2, 6)                               # operations in a problem, from and to
+SKIPPED, WRONG = 0.6, 0.2                    # strings without a thought; thoughts with a slip
+COMPUTED = 0.9                               # share of the strings that ask for a computed token
 
 
 def write_document(rng):
@@ -44,8 +44,8 @@ def write_document(rng):
     digit = start
     for operation in operations:
         digit = apply(digit, operation)
-    problem = (f"Problem: {rng.choice(NAMES)} {rng.choice(VERBS)} {start}{''.join(operations)} from left to right "
-               "and keeps the last digit.\nSolution:")
+    problem = (f"Problem: {rng.choice(NAMES)} {rng.choice(VERBS)} {start}{''.join(operations)} "
+               "from left to right and keeps the last digit.\nSolution:")
     return problem, f" The digit is {parity(digit)}, namely {WORDS[digit]}.", start, operations
 
 
@@ -106,15 +106,16 @@ if __name__ == "__main__":
         document = write_document(rng)
         documents[document[0]] = document
     tokenizer = Tokenizer.load("embedded")
-    corpus = write_corpus([document[:2] for document in documents.values()], tokenizer, args.out, tokenizer="embedded")
+    pairs = [document[:2] for document in documents.values()]
+    corpus = write_corpus(pairs, tokenizer, args.out, tokenizer="embedded")
     strings = Path(args.out) / "strings.jsonl"
     with open(f"{strings}.partial", "w") as file:
-        for document, is_val in zip(tqdm(documents.values(), desc="strings", disable=None), corpus.docs[:, 3]):
+        bar = tqdm(documents.values(), desc="strings", disable=None)
+        for document, is_val in zip(bar, corpus.docs[:, 3]):
             if not is_val:
                 prompt, response = think_string(rng, tokenizer, document)
-                text = tokenizer.decode_bytes(prompt[-8:] + response).decode()
+                text = tokenizer.decode_bytes(prompt + response).decode()
                 file.write(json.dumps(dict(prompt=prompt, response=response, text=text)) + "\n")
     Path(f"{strings}.partial").rename(strings)
-    print(f"{len(corpus.docs):,} documents, {len(corpus.tokens):,} tokens, written to {args.out}; an example:")
-    print("    " + "\n    ".join("".join(next(iter(documents.values()))[:2]).splitlines()))
-    print(f"    ...{text}")
+    print(f"{len(corpus.docs):,} documents, {len(corpus.tokens):,} tokens, written to {args.out}; for example:")
+    print("    " + text.replace("\n", "\n    "))

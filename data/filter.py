@@ -103,8 +103,9 @@ def load_positions(corpus, scores, threshold, split):
                  for t in solution + np.flatnonzero(entropy[solution:end] > threshold)]
     if not positions:
         known = entropy[~np.isnan(entropy)]
-        raise ValueError(f"{corpus.folder}: no {split} position has an entropy above {threshold} nats; the "
-                         f"highest of {len(known)} is {known.max(initial=0):.2f}; score more or lower the threshold")
+        raise ValueError(f"{corpus.folder}: no {split} position has an entropy above {threshold} nats "
+                         f"(the highest of {len(known)}: {known.max(initial=0):.2f}); "
+                         "lower the threshold or score more")
     return np.array(positions, dtype=np.int64)
 
 

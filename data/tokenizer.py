@@ -105,7 +105,7 @@ class Tokenizer:
         return self._bytes[id]
 
     def decode_bytes(self, ids):
-        """Raw bytes of the tokens. A model with more rows than its tokenizer has ids can draw one of those: U+FFFD."""
+        """Raw bytes. A model with more rows than its tokenizer has ids may draw one of those: U+FFFD."""
         return b"".join(self._bytes.get(id, b"\xef\xbf\xbd") for id in ids)
 
     @property

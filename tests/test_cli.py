@@ -1,4 +1,4 @@
-"""The command lines: --help tells units and defaults; what a user can mend is one line, exit code 2, no debris."""
+"""The command lines: --help tells units and defaults; what a user can mend is one line and exit code 2."""
 import json
 import math
 import os
@@ -11,15 +11,15 @@ import torch
 
 from data.tokenizer import Tokenizer
 from model import GPT
-from tiny import ENVIRONMENT, ROOT, base, corpus, run_here, tiny_model
+from tiny import ENVIRONMENT, ROOT, base, corpus, run_here
 
 HELP = {  # what a reader looks for: the unit, and what happens without the flag
     "train_rpt.py": ["above this entropy, nats (default: 1.0)", "tokens of a response (default: 8192)",
                      "learning rate of AdamW(0.9, 0.999), constant (default: 1e-06)"],
     "train_ntp.py": ["updates (default: 1000)", "documents in an update (default: "],
-    "eval.py": ["held-out positions for each split (default: 200)", "thoughts for each position (default: 1)"],
+    "eval.py": ["held-out positions for each split (default: 200)", "thoughts for each position (default:"],
     "sample.py": ["--n ", "default"],
-    "demo.py": ["folder for everything (default: runs/demo)"],
+    "demo.py": ["folder for everything", "(default: "],
     "data/corpus.py": ["problems with solutions (default: "],
     "data/prepare.py": ["checkpoint folder with a tokenizer.json, a tiktoken name (gpt2), or embedded"],
     "data/filter.py": ["this many documents of each split; 0: all (default: 0)"],
@@ -34,7 +34,7 @@ def test_help_tells_units_and_defaults(script):
     assert all(words in " ".join(out.split()) for words in HELP[script])
 
 
-# ---- a broken checkpoint, corpus or file --------------------------------------------------------------------
+# ---- a broken checkpoint, corpus or file -------------------------------------------------------------------
 
 def copy_base(base, folder):
     shutil.copytree(base, folder)
@@ -83,140 +83,142 @@ def arguments(script, corpus, checkpoint, out):
         "train_rpt.py": ["--init", checkpoint, "--corpus", corpus.folder, "--out-dir", out, "--steps", 1,
                          "--batch-size", 2, "--rollouts", 2, "--entropy-threshold", 0.5, *small],
         "train_ntp.py": ["--init", checkpoint, "--corpus", corpus.folder, "--out-dir", out, "--steps", 1],
-        "eval.py": ["lm", "--corpus", corpus.folder, "--checkpoints", checkpoint, "--out", out, "--positions", 2,
-                    *small],
+        "eval.py": ["lm", "--corpus", corpus.folder, "--checkpoints", checkpoint, "--out", out,
+                    "--positions", 2, *small],
         "data/filter.py": ["--corpus", corpus.folder, "--proxy", checkpoint],
         "data/strings.py": ["--corpus", corpus.folder, "--proxy", checkpoint, "--out", out, "--count", 3,
                             "--template", "short"],
     }[script]
 
 
-def fails(complaint, script, *arguments, debris=None):
-    """One line on stderr, exit code 2, nothing written."""
-    code, _, err = run_here(script, *arguments)
-    assert code == 2 and err.count("\n") == 1 and err.startswith(script.split("/")[-1] + ": "), err
-    assert complaint in err, err
-    assert debris is None or not list(debris.parent.glob(debris.name + "*"))
+@pytest.fixture
+def fails(corpus, base, tmp_path):
+    """fails(complaint, script, more arguments): one line on stderr, exit code 2, nothing written."""
+    def run(complaint, script, *more, corpus=corpus, checkpoint=base):
+        before = sorted(os.listdir(tmp_path))
+        code, _, err = run_here(script, *arguments(script, corpus, checkpoint, tmp_path / "out"), *more)
+        assert code == 2 and err.count("\n") == 1 and err.startswith(os.path.basename(script) + ": "), err
+        assert complaint in err, err
+        assert sorted(os.listdir(tmp_path)) == before
+    return run
 
 
 @pytest.mark.parametrize("script", ["train_rpt.py", "train_ntp.py", "eval.py", "data/filter.py"])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_one_line(corpus, base, tmp_path, script, damage):
+def test_a_damaged_checkpoint_is_one_line(fails, corpus, base, tmp_path, script, damage):
     checkpoint, before = copy_base(base, tmp_path / "checkpoint"), sorted(os.listdir(corpus.folder))
     damage(checkpoint)
-    fails(DAMAGE[damage], script, *arguments(script, corpus, checkpoint, tmp_path / "out"), debris=tmp_path / "out")
+    fails(DAMAGE[damage], script, checkpoint=checkpoint)
     assert sorted(os.listdir(corpus.folder)) == before
 
 
-@pytest.mark.parametrize("script", ["train_rpt.py", "train_ntp.py", "eval.py", "data/filter.py", "data/strings.py"])
-def test_a_missing_corpus_is_one_line(corpus, base, tmp_path, script):
-    missing = corpus._replace(folder=tmp_path / "nowhere")
-    fails("nowhere: no such folder", script, *arguments(script, missing, base, tmp_path / "out"), debris=tmp_path / "out")
+ALL = ["train_rpt.py", "train_ntp.py", "eval.py", "data/filter.py", "data/strings.py"]
+PROMPTING = ["train_rpt.py", "eval.py", "data/strings.py"]
 
 
-@pytest.mark.parametrize("script", ["train_rpt.py", "eval.py", "data/strings.py"])
-def test_a_corpus_without_scores_names_the_command_that_makes_them(corpus, base, tmp_path, script):
+@pytest.mark.parametrize("script", ALL)
+def test_a_missing_corpus_is_one_line(fails, corpus, tmp_path, script):
+    fails("nowhere: no such folder", script, corpus=corpus._replace(folder=tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("script", PROMPTING)
+def test_a_corpus_without_scores_names_the_command_that_makes_them(fails, corpus, tmp_path, script):
     shutil.copytree(corpus.folder, tmp_path / "corpus", ignore=shutil.ignore_patterns("scores-*"))
-    fails("run python data/filter.py --corpus", script,
-          *arguments(script, corpus._replace(folder=tmp_path / "corpus"), base, tmp_path / "out"), debris=tmp_path / "out")
+    fails("run python data/filter.py --corpus", script, corpus=corpus._replace(folder=tmp_path / "corpus"))
 
 
-BAD_NUMBERS = [(script, flag, value)
-               for script, flags, values in [
-                   ("train_rpt.py", "steps batch-size rollouts max-new-tokens max-prompt-tokens max-rounds max-rows "
-                                    "updates-per-batch tokens-per-micro-batch save-every temperature", ("0", "-1")),
-                   ("train_rpt.py", "lr seed entropy-threshold weight-decay clip-ratio", ("-1",)),
-                   ("train_rpt.py", "temperature lr entropy-threshold", ("nan", "inf")),
-                   ("train_ntp.py", "steps tokens-per-micro-batch save-every max-tokens", ("0",)),
-                   ("train_ntp.py", "documents-per-step strings-per-step lr seed warmup-steps", ("-1",)),
-                   ("train_ntp.py", "lr grad-clip", ("nan",)),
-                   ("eval.py", "positions samples max-new-tokens max-rows", ("0",)),
-                   ("eval.py", "temperature seed", ("-1",)),
-                   ("data/filter.py", "documents", ("-1",)),
-                   ("data/strings.py", "count max-prompt-tokens", ("0",)),
-               ] for flag in flags.split() for value in values]
+BAD_NUMBERS = [
+    ("train_rpt.py", "0 -1", "steps batch-size rollouts max-new-tokens max-prompt-tokens max-rounds max-rows "
+                             "updates-per-batch tokens-per-micro-batch save-every temperature"),
+    ("train_rpt.py", "-1", "lr seed entropy-threshold weight-decay clip-ratio"),
+    ("train_rpt.py", "nan inf", "temperature lr entropy-threshold"),
+    ("train_ntp.py", "0", "steps tokens-per-micro-batch save-every max-tokens"),
+    ("train_ntp.py", "-1", "documents-per-step strings-per-step lr seed warmup-steps"),
+    ("train_ntp.py", "nan", "lr grad-clip"),
+    ("eval.py", "0", "positions samples max-new-tokens max-rows"),
+    ("eval.py", "-1 nan", "temperature"),
+    ("data/filter.py", "-1", "documents"),
+    ("data/strings.py", "0", "count max-prompt-tokens"),
+]
 
 
-@pytest.mark.parametrize("script, flag, value", BAD_NUMBERS)
-def test_a_number_out_of_range_is_named_with_its_flag(corpus, base, tmp_path, script, flag, value):
-    fails(f"--{flag} must be at least", script,
-          *arguments(script, corpus, base, tmp_path / "out"), f"--{flag}={value}", debris=tmp_path / "out")
+@pytest.mark.parametrize("script, value, flag", [
+    (script, value, flag) for script, values, flags in BAD_NUMBERS
+    for flag in flags.split() for value in values.split()])
+def test_a_number_out_of_range_is_named_with_its_flag(fails, script, value, flag):
+    fails(f"--{flag} must be at least", script, f"--{flag}={value}")
 
 
-@pytest.mark.parametrize("script", ["train_rpt.py", "eval.py", "data/strings.py"])
-def test_an_unknown_template_is_named(corpus, base, tmp_path, script):
-    fails("unknown template 'v9'; there are v0,", script,
-          *arguments(script, corpus, base, tmp_path / "out"), "--template", "v9", debris=tmp_path / "out")
+@pytest.mark.parametrize("script", PROMPTING)
+def test_an_unknown_template_is_named(fails, script):
+    fails("unknown template 'v9'; there are v0,", script, "--template", "v9")
 
 
-@pytest.mark.parametrize("script", ["train_rpt.py", "eval.py", "data/strings.py"])
-def test_a_template_longer_than_the_models_positions_is_refused_before_the_run_starts(corpus, base, tmp_path, script):
-    fails("no room for context", script,
-          *arguments(script, corpus, base, tmp_path / "out"), "--template", "v4", debris=tmp_path / "out")
+@pytest.mark.parametrize("script", PROMPTING)
+def test_a_template_longer_than_the_models_positions_is_refused_before_the_run_starts(fails, script):
+    fails("no room for context", script, "--template", "v4")
 
 
-def test_more_new_tokens_than_positions_are_refused_before_the_run_starts(corpus, base, tmp_path):
-    line = arguments("train_rpt.py", corpus, base, tmp_path / "out")
-    fails("no room for context", "train_rpt.py", *line, "--max-new-tokens", 8192, debris=tmp_path / "out")
+def test_more_new_tokens_than_positions_are_refused_before_the_run_starts(fails):
+    fails("no room for context", "train_rpt.py", "--max-new-tokens", 8192)
 
 
 @pytest.mark.parametrize("script", ["train_rpt.py", "data/strings.py"])
-def test_a_filter_that_leaves_nothing_says_how_high_the_entropies_are(corpus, base, tmp_path, script):
-    fails("no train position has an entropy above 99.0 nats", script,
-          *arguments(script, corpus, base, tmp_path / "out"), "--entropy-threshold", 99, debris=tmp_path / "out")
+def test_a_filter_that_leaves_nothing_says_how_high_the_entropies_are(fails, script):
+    fails("no train position has an entropy above 99.0 nats", script, "--entropy-threshold", 99)
 
 
-@pytest.mark.parametrize("line", ['{"prompt": [1]}', '{"prompt": [], "response": [1]}', '{"prompt": [1], "response": "a"}',
-                                  '{"prompt": [1], "response": [1.5]}', '{"prompt": [1], "response": [99999]}',
-                                  '{"prompt": [-1], "response": [1]}', "[1, 2]", "null", '{"prompt": [1], "resp', "\udcff"])
-def test_a_bad_line_of_strings_is_named_by_file_and_number(corpus, base, tmp_path, line):
+@pytest.mark.parametrize("line", [
+    '{"prompt": [1]}', '{"prompt": [], "response": [1]}', '{"prompt": [1], "response": "a"}', "[1, 2]",
+    "null", '{"prompt": [1], "response": [1.5]}', '{"prompt": [1], "response": [99999]}', '{"prompt": [1], "r',
+    '{"prompt": [-1], "response": [1]}', "\udcff"])
+def test_a_bad_line_of_strings_is_named_by_file_and_number(fails, tmp_path, line):
     path = tmp_path / "strings.jsonl"
     path.write_text('{"prompt": [1], "response": [2]}\n' + line + "\n", errors="surrogateescape")
-    fails("strings.jsonl line 2: expected an object with 'prompt' and 'response'", "train_ntp.py",
-          *arguments("train_ntp.py", corpus, base, tmp_path / "out"), "--strings", path, debris=tmp_path / "out")
+    fails("strings.jsonl line 2: expected an object with 'prompt' and", "train_ntp.py", "--strings", path)
 
 
-def test_a_string_longer_than_the_models_positions_is_named(corpus, base, tmp_path):
-    (tmp_path / "strings.jsonl").write_text(json.dumps(dict(prompt=[1] * 120, response=[2] * 9)) + "\n")
-    fails("strings.jsonl line 1: 129 tokens, but the model has 128 positions", "train_ntp.py",
-          *arguments("train_ntp.py", corpus, base, tmp_path / "out"), "--strings", tmp_path / "strings.jsonl",
-          debris=tmp_path / "out")
+def test_a_string_longer_than_the_models_positions_is_named(fails, tmp_path):
+    path = tmp_path / "strings.jsonl"
+    path.write_text(json.dumps(dict(prompt=[1] * 120, response=[2] * 9)) + "\n")
+    fails("line 1: 129 tokens, but the model has 128 positions", "train_ntp.py", "--strings", path)
 
 
-def test_nothing_to_train_on_is_said(corpus, base, tmp_path):
-    fails("nothing to train on: --documents-per-step is 0", "train_ntp.py",
-          *arguments("train_ntp.py", corpus, base, tmp_path / "out"), "--documents-per-step", 0, debris=tmp_path / "out")
+def test_nothing_to_train_on_is_said(fails):
+    fails("nothing to train on: --documents-per-step is 0", "train_ntp.py", "--documents-per-step", 0)
 
 
-def test_a_run_that_is_there_is_not_overwritten(corpus, base, tmp_path):
-    line = arguments("train_ntp.py", corpus, base, tmp_path / "out")
-    assert run_here("train_ntp.py", *line)[0] == 0
-    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    fails("out already holds a run; --resume continues it", "train_ntp.py", *line)
-    fails("out already holds a run; --resume continues it", "train_rpt.py",
-          *arguments("train_rpt.py", corpus, base, tmp_path / "out"))
-    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+def test_a_run_that_is_there_is_not_overwritten(fails, corpus, base, tmp_path):
+    assert run_here("train_ntp.py", *arguments("train_ntp.py", corpus, base, tmp_path / "out"))[0] == 0
+    files = lambda: {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    before = files()
+    fails("out already holds a run; --resume continues it", "train_ntp.py")
+    fails("out already holds a run; --resume continues it", "train_rpt.py")
+    assert files() == before
 
 
-def test_evaluating_weights_that_are_nan_is_one_line(corpus, base, tmp_path):
+def test_evaluating_weights_that_are_nan_is_one_line(fails, base, tmp_path):
     checkpoint = copy_base(base, tmp_path / "nan")
     with_nan(checkpoint)
-    fails("logits are NaN", "eval.py", *arguments("eval.py", corpus, checkpoint, tmp_path / "out"), debris=tmp_path / "out")
+    fails("logits are NaN", "eval.py", checkpoint=checkpoint)
 
 
-# ---- as a user types it -------------------------------------------------------------------------------------
+# ---- as a user types it ------------------------------------------------------------------------------------
 
 def typed(cwd, *arguments):
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=ENVIRONMENT,
+                          capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
 
 def test_a_run_from_another_folder_trains_and_evaluates(corpus, base, tmp_path):
     code, out, err = typed(tmp_path, ROOT / "train_rpt.py", *arguments("train_rpt.py", corpus, base, "run"))
     assert (code, err) == (0, "") and "step 00001/00001 | reward " in out and "done: run/step_000001" in out
-    code, out, err = typed(tmp_path, ROOT / "eval.py", *arguments("eval.py", corpus, "run/step_000001", "results.json"))
+    line = arguments("eval.py", corpus, "run/step_000001", "results.json")
+    code, out, err = typed(tmp_path, ROOT / "eval.py", *line)
     assert (code, err) == (0, "") and "written to results.json" in out
-    assert {r["checkpoint"] for r in json.loads((tmp_path / "results.json").read_text())} == {"run/step_000001"}
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {r["checkpoint"] for r in results} == {"run/step_000001"}
 
 
 @pytest.mark.parametrize("script", ["train_rpt.py", "data/filter.py"])

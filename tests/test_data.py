@@ -1,4 +1,4 @@
-"""What the data says: entropies against transformers, prompts id by id, the embedded corpus by its own arithmetic."""
+"""Entropies against transformers, prompts id by id, the embedded corpus against another arithmetic."""
 import json
 import random
 import re
@@ -39,7 +39,7 @@ def save_proxy(folder, tokenizer, max_positions=128, seed=0):
     return folder
 
 
-# ---- filter ----------------------------------------------------------------------------------------------------------
+# ---- filter ------------------------------------------------------------------------------------------------
 
 def test_entropies_are_those_of_transformers_also_beyond_the_models_positions(tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -98,7 +98,8 @@ def test_interrupted_scoring_goes_on_where_it_stopped(corpus, base, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         score_corpus(folder, base)
     partial = np.load(scores_path(folder, base))
-    assert (~np.isnan(partial[:, 0])).sum() == sum(e - s for _, s, e, v in sorted(corpus.docs.tolist(), key=lambda d: d[3])[:19])
+    done = sorted(corpus.docs.tolist(), key=lambda doc: doc[3])[:19]  # training documents come first
+    assert (~np.isnan(partial[:, 0])).sum() == sum(end - solution for _, solution, end, _ in done)
     path = score_corpus(folder, base)
     assert len(calls) == len(corpus.docs) + 1  # only the document that was interrupted came twice
     assert np.array_equal(np.load(path), np.load(find_scores(corpus)), equal_nan=True)
@@ -142,19 +143,20 @@ def test_two_proxies_have_to_be_told_apart(corpus, base, tokenizer, tmp_path):
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_positions_are_solution_tokens_of_the_right_side_above_the_threshold(corpus, threshold, split):
     entropy = np.load(find_scores(corpus))[:, 0]
-    expected = [(t, start, end) for start, solution, end, is_val in corpus.docs.tolist() if is_val == (split == "val")
+    expected = [(t, start, end) for start, solution, end, is_val in corpus.docs if is_val == (split == "val")
                 for t in range(max(solution, start + 1), end) if entropy[t] > threshold]
     assert list(map(tuple, load_positions(corpus, find_scores(corpus), threshold, split))) == expected != []
 
 
 def test_plain_text_has_no_question_without_a_context(tokenizer, base, tmp_path):
-    corpus = write_corpus([("", "The digit is even, namely zero."), ("", "Problem: three")], tokenizer, tmp_path / "c")
+    texts = [("", "The digit is even, namely zero."), ("", "Problem: three")]
+    corpus = write_corpus(texts, tokenizer, tmp_path / "corpus")
     positions = load_positions(corpus, score_corpus(corpus, base), -1, "train")
     start, _, end, _ = corpus.docs[corpus.docs[:, 3] == 0][0]
     assert positions[:, 0].tolist() == list(range(start + 1, end))
 
 
-# ---- prompt ----------------------------------------------------------------------------------------------------------
+# ---- prompt ------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def chat_tokenizer(tokenizer):
@@ -168,7 +170,8 @@ def test_the_context_ids_survive_and_the_thought_is_open(tokenizer, template):
     before, after = template_ids(tokenizer, template)
     prompt = build_prompt(context, before, after, 1000)
     assert prompt == before + context + after
-    assert tokenizer.decode_bytes(after).rstrip(b"\n").endswith(b"<think>") and tokenizer.special["<think>"] in after
+    assert tokenizer.decode_bytes(after).rstrip(b"\n").endswith(b"<think>")
+    assert tokenizer.special["<think>"] in after
     words = tokenizer.decode_bytes(before + after).decode()
     assert (rb"\boxed{" in words.encode()) == (template != "short")
     assert ("```" in words) == (template not in ("v0", "short"))
@@ -203,7 +206,8 @@ def test_a_chat_model_gets_its_turns_as_special_tokens(chat_tokenizer, template)
     assert before[0] == special["<|im_start|>"] and before.count(special["<|im_start|>"]) == 1
     turn = chat_tokenizer.decode_bytes(after).decode()
     assert turn.endswith("<|im_end|>\n<|im_start|>assistant\n<think>\n")
-    assert [id for id in after if id >= 600] == [special[t] for t in ("<|im_end|>", "<|im_start|>", "<think>")]
+    turns = ("<|im_end|>", "<|im_start|>", "<think>")
+    assert [id for id in after if id >= 600] == [special[text] for text in turns]
 
 
 def test_short_has_no_turns_and_every_end_of_turn_stops(chat_tokenizer, tokenizer):
@@ -212,13 +216,14 @@ def test_short_has_no_turns_and_every_end_of_turn_stops(chat_tokenizer, tokenize
     assert stop_ids(tokenizer) == [tokenizer.eos_id]
 
 
-# ---- the embedded corpus ---------------------------------------------------------------------------------------------
+# ---- the embedded corpus -----------------------------------------------------------------------------------
 
 def left_to_right(expression):
     """'5+3*7' -> (5 + 3) * 7 mod 10, by another route than the generator's."""
     first, *operations = re.findall(r"^\d|[+*]\d+", expression)
     assert first + "".join(operations) == expression
-    return reduce(lambda x, op: x + int(op[1:]) if op[0] == "+" else x * int(op[1:]), operations, int(first)) % 10
+    step = lambda x, op: x + int(op[1:]) if op[0] == "+" else x * int(op[1:])
+    return reduce(step, operations, int(first)) % 10
 
 
 def test_the_answer_of_every_document_is_right():
@@ -268,8 +273,9 @@ def test_no_string_comes_from_a_validation_document(tokenizer, tmp_path):
     code, _, err = run_here("data/corpus.py", "--out", tmp_path / "corpus", "--documents", 200, "--seed", 1)
     assert (code, err) == (0, "")
     corpus = load_corpus(tmp_path / "corpus")
-    texts = {side: [tokenizer.decode_bytes(corpus.tokens[start:end].tolist()) for start, _, end, v in corpus.docs if v == side]
-             for side in (0, 1)}
+    texts = {0: [], 1: []}
+    for start, _, end, is_val in corpus.docs:
+        texts[is_val].append(tokenizer.decode_bytes(corpus.tokens[start:end].tolist()))
     prompts = [tokenizer.decode_bytes(json.loads(line)["prompt"][:-1])
                for line in (tmp_path / "corpus" / "strings.jsonl").open()]
     assert len(texts[0]) + len(texts[1]) == 200 and len(prompts) == len(texts[0]) < 200
@@ -281,15 +287,17 @@ def test_no_string_comes_from_a_validation_document(tokenizer, tmp_path):
 def test_the_same_seed_writes_the_same_corpus(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert run_here("data/corpus.py", "--out", tmp_path / name, "--documents", 50, "--seed", seed)[0] == 0
-    read = lambda name: [(tmp_path / name / file).read_bytes() for file in ("tokens.bin", "docs.npy", "strings.jsonl")]
+    files = ("tokens.bin", "docs.npy", "strings.jsonl")
+    read = lambda name: [(tmp_path / name / file).read_bytes() for file in files]
     assert read("a") == read("b") and read("a")[0] != read("c")[0]
 
 
-# ---- strings ---------------------------------------------------------------------------------------------------------
+# ---- strings -----------------------------------------------------------------------------------------------
 
 def test_every_string_ends_with_eos_and_earns_the_reward(corpus, base, tmp_path):
-    code, out, err = run_here("data/strings.py", "--corpus", corpus.folder, "--proxy", base, "--template", "short",
-                              "--count", 60, "--entropy-threshold", 0, "--out", tmp_path / "strings.jsonl")
+    code, out, err = run_here("data/strings.py", "--corpus", corpus.folder, "--proxy", base,
+                              "--template", "short", "--count", 60, "--entropy-threshold", 0,
+                              "--out", tmp_path / "strings.jsonl")
     assert (code, err) == (0, "") and "60 strings written" in out
     tokenizer = Tokenizer.load(base)
     train = {tuple(corpus.tokens[start:t]): [tokenizer.token_bytes(int(id)) for id in corpus.tokens[t:end]]
@@ -299,15 +307,19 @@ def test_every_string_ends_with_eos_and_earns_the_reward(corpus, base, tmp_path)
         text = tokenizer.decode_bytes(record["response"])
         assert record["response"][-1] == tokenizer.eos_id and record["text"].encode() == text
         assert extract_prediction(text) == truth[0] and prefix_match(extract_prediction(text), truth) == 1.0
-        assert json.dumps(truth[0].decode()) in record["text"].split("It may go on with ")[1].split("Most likely")[0]
+        candidates = record["text"].split("It may go on with ")[1].split("Most likely")[0]
+        assert json.dumps(truth[0].decode()) in candidates
 
 
 def test_bytes_that_do_not_fit_into_a_box_or_a_text_make_no_string(base):
     model, tokenizer = GPT.from_pretrained(base), Tokenizer.load(base)
     context = tokenizer.encode("Problem: Mia works out 3+4")
-    write = lambda raw: write_string(random.Random(0), model, tokenizer, context, tokenizer.ranks[raw], ([], [1]), 99)
+
+    def write(raw):
+        return write_string(random.Random(0), model, tokenizer, context, tokenizer.ranks[raw], ([], [1]), 99)
+
     assert write(b"}") is None and write(b"\xc3") is None
-    for raw in (b"{", b"\\", b" ", b"\n", b'"', b"even"[:1]):
+    for raw in (b"{", b"\\", b" ", b"\n", b'"', b"e"):
         assert extract_prediction(write(raw)["text"].encode()) == raw
 
 
