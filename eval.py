@@ -44,9 +44,9 @@ def choose_positions(corpus, scores, count, seed):
 
 
 @torch.no_grad()
-def ntp_hits(model, corpus, positions):
-    """(n, 3) positions -> (n,) 1.0 where the most probable token after the context is the true one."""
-    room, hits = model.config.max_positions, []
+def ntp_hits(model, corpus, positions, room):
+    """(n, 3) positions -> (n,) 1.0 where the likeliest token after (at most `room` tokens of) context is true."""
+    hits = []
     contexts = [corpus.tokens[max(start, t - room):t].tolist() for t, start, _ in positions]
     with tqdm(total=len(contexts), desc="next token", unit="position", disable=None) as bar:
         for batch in micro_batches(contexts, TOKENS_PER_PASS, len):
@@ -95,7 +95,8 @@ def evaluate(checkpoint, corpus, positions, splits, args):
     model = GPT.from_pretrained(checkpoint, dtype, args.device)
     documents, results = positions[:, 1], []
     if args.mode in ("ntp", "both"):
-        hits = ntp_hits(model, corpus, positions)
+        room = min(model.config.max_positions, args.max_prompt_tokens)  # as much context as reasoning gets
+        hits = ntp_hits(model, corpus, positions, room)
         results += [result(checkpoint, "ntp", split, hits[i], documents[i], args.seed)
                     for split, i in splits.items()]
     if args.mode in ("reasoning", "both"):

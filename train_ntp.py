@@ -14,7 +14,6 @@ micro-batches and ranks. torchrun --standalone --nproc_per_node=8 works as it do
 import argparse
 import json
 import math
-import os
 import sys
 import time
 

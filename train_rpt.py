@@ -136,7 +136,8 @@ def policy_step(model, optimizer, groups, advantages, args):
         if not math.isfinite(grad_norm):
             raise ValueError(f"gradient norm is {grad_norm}: the update was not applied; "
                              "the last checkpoint is good")
-        optimizer.step()
+        if grad_norm > 0:  # all groups dead: AdamW would still decay the weights and coast on its momentum
+            optimizer.step()
     loss, clipped, gap = parallel.sum_over_ranks(sums).tolist()
     responses, trained = parallel.sum_over_ranks(counts).tolist()
     responses = responses or math.nan                                                # no group had a gradient

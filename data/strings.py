@@ -54,7 +54,7 @@ def write_string(rng, model, tokenizer, context, truth, template, room):
     best = model(window)[0, -1].topk(CANDIDATES).indices.tolist()
     candidates = list(dict.fromkeys([truth, *best]))[:CANDIDATES]
     rng.shuffle(candidates)
-    words = [readable(tokenizer.token_bytes(id)) for id in candidates]
+    words = [readable(tokenizer.decode_bytes([id])) for id in candidates]
     raw, tail = tokenizer.token_bytes(truth), readable(tokenizer.decode_bytes(context[-TAIL:]))
     if None in words or tail is None:  # a character is cut
         return None

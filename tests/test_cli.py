@@ -170,7 +170,7 @@ def test_a_filter_that_leaves_nothing_says_how_high_the_entropies_are(fails, scr
 
 @pytest.mark.parametrize("line", [
     '{"prompt": [1]}', '{"prompt": [], "response": [1]}', '{"prompt": [1], "response": "a"}', "[1, 2]",
-    "null", '{"prompt": [1], "response": [1.5]}', '{"prompt": [1], "response": [99999]}', '{"prompt": [1], "r',
+    "null", '{"prompt": [1], "response": [1.5]}', '{"prompt": [1], "response": [99999]}', '{"prompt": [1], "',
     '{"prompt": [-1], "response": [1]}', "\udcff"])
 def test_a_bad_line_of_strings_is_named_by_file_and_number(fails, tmp_path, line):
     path = tmp_path / "strings.jsonl"

@@ -20,15 +20,14 @@ def all_positions(corpus):
     return load_positions(corpus, find_scores(corpus), -1, "val")
 
 
-@pytest.mark.parametrize("max_positions", [128, 20])  # 20: contexts lose their beginning
-def test_next_token_hits_are_those_of_one_context_at_a_time(corpus, base, max_positions):
+@pytest.mark.parametrize("room", [128, 20])  # 20: contexts lose their beginning
+def test_next_token_hits_are_those_of_one_context_at_a_time(corpus, base, room):
     model, positions = GPT.from_pretrained(base), all_positions(corpus)
-    model.config.max_positions = max_positions
-    contexts = [corpus.tokens[max(start, t - max_positions):t].tolist() for t, start, _ in positions]
+    contexts = [corpus.tokens[max(start, t - room):t].tolist() for t, start, _ in positions]
     expected = [model(torch.tensor([context]))[0, -1].argmax().item() == corpus.tokens[t]
                 for context, t in zip(contexts, positions[:, 0])]
     assert 0.2 < np.mean(expected) < 1
-    assert ntp_hits(model, corpus, positions).tolist() == expected
+    assert ntp_hits(model, corpus, positions, room).tolist() == expected
 
 
 def test_reasoning_accuracy_is_that_of_the_dumped_responses(corpus, base, tmp_path):

@@ -105,7 +105,7 @@ def gradients(model):
 
 
 def step(model, groups, advantages, lr=0.0, **changes):
-    """policy_step with plain gradient descent, no gradient clip and a sampler that agrees with the trainer."""
+    """policy_step by plain gradient descent, without a clip, after a sampler that agrees with the trainer."""
     for group in groups:
         for rollout in group.rollouts:
             rollout.logprobs = brute_logprobs(model, group, rollout).tolist()
@@ -428,6 +428,7 @@ def test_samples_hold_the_words_and_the_reward_that_follows_from_them(whole):
         assert record["extracted"] == (None if prediction is None else prediction.decode())
         assert not record["reward"] or record["truth"].startswith(record["extracted"])
     assert not records or {record["reward"] for record in records} == {0.0, 1.0}
+    assert not records or len({record["context"] for record in records}) >= 4  # each step has new questions
 
 
 @pytest.mark.parametrize("limit", [0.5, 1.5])  # x size of the weights: full in these, or in the optimizer
