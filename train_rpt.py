@@ -43,6 +43,7 @@ from sample import generate
 from train_ntp import check_range, micro_batches, shuffled
 
 TRUTH_TOKENS = 32                            # true tokens a prediction may cover; the paper does not say
+CONTEXT_LOGGED = 64                          # tokens of the context in samples.jsonl
 SAMPLES_LOGGED = 2                           # rollouts written to samples.jsonl each step
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bf16, dense; mfu is 0 on hardware not listed
 
@@ -50,7 +51,8 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bf16, dense; mf
 @dataclass
 class Question:
     """A position in the corpus: what the model sees, and what really follows."""
-    prompt: list        # token ids: template, context, template
+    context: list       # token ids of the document before the position
+    prompt: list        # template, context (or its end), template
     truth: list         # raw bytes of each of the next tokens of the document
 
 
@@ -67,7 +69,8 @@ def make_question(corpus, tokenizer, position, template, room):
     """position: (t, document start, document end) -> Question; a context without room loses its head."""
     t, start, end = position
     truth = [tokenizer.token_bytes(int(id)) for id in corpus.tokens[t:min(end, t + TRUTH_TOKENS)]]
-    return Question(build_prompt(corpus.tokens[start:t].tolist(), *template, room), truth)
+    context = corpus.tokens[start:t].tolist()
+    return Question(context, build_prompt(context, *template, room), truth)
 
 
 def score(tokenizer, question, rollouts):
@@ -167,7 +170,7 @@ def rollout_metrics(groups):
 def sample_record(tokenizer, step, group, i):
     """One rollout in words, for samples.jsonl."""
     text = lambda raw: None if raw is None else raw.decode("utf-8", "backslashreplace")
-    return dict(step=step, context=text(tokenizer.decode_bytes(group.question.prompt))[-200:],
+    return dict(step=step, context=text(tokenizer.decode_bytes(group.question.context[-CONTEXT_LOGGED:])),
                 truth=text(b"".join(group.question.truth[:4])),
                 response=text(tokenizer.decode_bytes(group.rollouts[i].tokens)),
                 extracted=text(group.predictions[i]), reward=group.rewards[i])

@@ -82,7 +82,7 @@ def random_groups(vocab, n=7, G=4, seed=0):
     for i in range(n):
         rollouts = [Rollout(tokens=ids(1, 9)) for _ in range(G)]
         rewards = [1.0] * G if i == 2 else [1.0, *rng.integers(2, size=G - 2).astype(float), 0.0]
-        groups.append(Group(Question(ids(1, 12), []), rollouts, [None] * G, rewards))
+        groups.append(Group(Question([], ids(1, 12), []), rollouts, [None] * G, rewards))
     return groups
 
 
