@@ -177,9 +177,10 @@ def sample_record(tokenizer, step, group, i):
 
 
 def step_line(steps, m):
+    gap = "-" if math.isnan(m["logp_gap"]) else f"{m['logp_gap']:.1e}"  # no group had a gradient
     return (f"step {m['step']:05d}/{steps:05d} | reward {m['reward']:.3f} | fmt {m['format_rate']:.2f} | "
             f"zero_std {m['frac_zero_std']:.2f} | ent {m['entropy']:.2f} | len {m['len_mean']:.0f} | "
-            f"gnorm {m['grad_norm']:.2f} | gap {m['logp_gap']:.1e} | gen {m['gen_tok_s']:,.0f} tok/s | "
+            f"gnorm {m['grad_norm']:.2f} | gap {gap} | gen {m['gen_tok_s']:,.0f} tok/s | "
             f"train {m['train_tok_s']:,.0f} tok/s | dt {m['dt_gen'] + m['dt_reward'] + m['dt_train']:.1f}s")
 
 
@@ -273,8 +274,8 @@ if __name__ == "__main__":
             cursor += args.batch_size
             mine = parallel.share(args.batch_size)
             questions = [make_question(corpus, tokenizer, t, template, room) for t in chosen[mine]]
-            total = len(questions) * args.rollouts
-            with tqdm(total=total, desc=f"step {step + 1} rollouts", leave=False, disable=None) as bar:
+            with tqdm(total=len(questions) * args.rollouts, desc=f"step {step + 1} rollouts", leave=False,
+                      disable=None if parallel.RANK == 0 else True) as bar:
                 rollouts = generate(model, [q.prompt for q in questions], args.rollouts, args.max_new_tokens,
                                     args.temperature, stop_ids(tokenizer), (args.seed, step, draw),
                                     mine.start, args.max_rows, bar.update)
