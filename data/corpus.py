@@ -3,9 +3,9 @@ r"""The embedded corpus: text in which some tokens can be worked out but hardly 
     Problem: Mia works out 5+4*7*3+2 from left to right and keeps the last digit.
     Solution: The digit is odd, namely one.
 
-To know " odd" and " one" one has to go from digit to digit (5, 9, 3, 9, 1), and a small transformer has too few
-layers to take all the steps at once. All other tokens are easy. This generator is the only place that knows the
-steps; reward and RPT see nothing but the text.
+To know " one" one has to go from digit to digit (5, 9, 3, 9, 1), and a small transformer has too few layers to take
+all the steps at once. The parity is easier to guess, and all other tokens are easy. This generator is the only
+place that knows the steps; reward and RPT see nothing but the text.
 
     python data/corpus.py --out runs/demo/corpus
 
