@@ -183,7 +183,7 @@ class Cache:
 
     def of_prompts(self, x, y):
         """x (B, H, i), y (N, Hkv, i, j) -> (B, H, j): each row times its prompt's matrix, unrepeated."""
-        (B, H, i), (N, Hkv, _, j), n = x.shape, y.shape, self.n
+        (_, H, i), (N, Hkv, _, j), n = x.shape, y.shape, self.n
         grid = x.new_zeros(N * n, H, i)
         grid[self.slot] = x
         grid = grid.view(N, n, Hkv, H // Hkv, i).transpose(1, 2).reshape(N, Hkv, n * H // Hkv, i)

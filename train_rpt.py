@@ -221,9 +221,11 @@ def parse_args():
     add("--resume", action="store_true", help="continue the run in --out-dir, if there is one")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    add("--kernels", default=os.environ.get("NANORPT_KERNELS", "torch"), choices=["torch"],
-        help="plain PyTorch")
+    add("--kernels", default=os.environ.get("NANORPT_KERNELS", "torch"),
+        help="torch: plain PyTorch, the only kind there is; also set by NANORPT_KERNELS")
     args = parser.parse_args()
+    if args.kernels != "torch":  # argparse would not check what the environment asks for
+        raise ValueError(f"--kernels (or NANORPT_KERNELS) {args.kernels!r} is not implemented; torch is")
     check_range(args, 1, "steps batch_size rollouts max_prompt_tokens max_new_tokens max_rounds max_rows "
                          "updates_per_batch tokens_per_micro_batch save_every")
     check_range(args, 0, "entropy_threshold lr weight_decay grad_clip clip_ratio entropy_coef seed")
@@ -233,7 +235,7 @@ def parse_args():
 
 if __name__ == "__main__":
     sys.excepthook = speak_once
-    if len(sys.argv) == 1:
+    if len(sys.argv) == 1 and parallel.WORLD == 1:
         import demo
         sys.exit(demo.run())
     args = parse_args()

@@ -149,6 +149,12 @@ def test_a_number_out_of_range_is_named_with_its_flag(fails, script, value, flag
     fails(f"--{flag} must be at least", script, f"--{flag}={value}")
 
 
+def test_kernels_that_do_not_exist_are_refused_also_when_the_environment_asks(fails, monkeypatch):
+    fails("'fast' is not implemented", "train_rpt.py", "--kernels", "fast")
+    monkeypatch.setenv("NANORPT_KERNELS", "bitwise")
+    fails("'bitwise' is not implemented", "train_rpt.py")
+
+
 @pytest.mark.parametrize("script", PROMPTING)
 def test_an_unknown_template_is_named(fails, script):
     fails("unknown template 'v9'; there are v0,", script, "--template", "v9")

@@ -88,7 +88,7 @@ def run_here(script, *arguments):
             try:
                 runpy.run_path(str(ROOT / script), run_name="__main__")
                 code = 0
-            except Exception:
+            except Exception:  # as the interpreter would: whatever nobody caught goes to the hook
                 sys.excepthook(*sys.exc_info())
                 code = 1
         except SystemExit as end:
