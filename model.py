@@ -14,15 +14,15 @@ attention, sampling passes attention over a cache, and the layers do not know th
 import json
 import os
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from kernels.attention import attention, make_layout
+from kernels.rows import linear, rms_norm, swiglu
 
 
 @dataclass
@@ -47,25 +47,24 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x):  # in fp32, whatever x is
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight.to(x.dtype) * y.to(x.dtype)
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
     """Weights may be fp32 masters while activations are bf16: cast to the activations, explicitly."""
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return linear(x, self.weight, self.bias)
 
 
-def rope_tables(positions, config):
-    """positions (T,) -> cos, sin (T, 1, K / 2), fp32."""
-    K = config.head_dim
-    frequencies = 1 / config.rope_theta ** (torch.arange(0, K, 2, device=positions.device).float() / K)
-    angles = positions[:, None].float() * frequencies                                    # (T, K / 2)
-    return angles.cos()[:, None], angles.sin()[:, None]
+@lru_cache(maxsize=4)
+def rope_table(max_positions, K, theta, device):
+    """cos and sin of every angle, (max_positions, 1, K / 2) each, fp32. Computed once: a vectorised cosine may
+    round differently at the end of a tensor, and a position must have the same angle in every batch."""
+    frequencies = 1 / theta ** (torch.arange(0, K, 2, device=device).float() / K)
+    angles = torch.arange(max_positions, device=device)[:, None, None].float() * frequencies
+    return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
@@ -102,7 +101,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.ffn_width, config.width, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -143,13 +142,28 @@ class GPT(nn.Module):
     def device(self):
         return self.embed_tokens.weight.device
 
+    def cast(self):
+        """A copy with weights stored in compute_dtype, where every use would cast them; itself if they are."""
+        if self.embed_tokens.weight.dtype == self.compute_dtype:
+            return self
+        with torch.device("meta"):
+            model = GPT(self.config, self.compute_dtype)
+        for name, weight in self.named_parameters():
+            model.set_weight(name, weight.detach().to(self.compute_dtype))
+        return model
+
+    def set_weight(self, name, tensor):
+        module, leaf = name.rsplit(".", 1)
+        setattr(self.get_submodule(module), leaf, nn.Parameter(tensor))
+
     def hidden(self, tokens, positions, attend):
         """tokens (T,), positions (T,) -> hidden states (T, D) after the last norm.
 
         attend(layer, q (T, H, K), k (T, Hkv, K), v (T, Hkv, K)) -> (T, H, K)
         """
         x = self.embed_tokens(tokens).to(self.compute_dtype)
-        rope = rope_tables(positions, self.config)
+        cos, sin = rope_table(self.config.max_positions, self.config.head_dim, self.config.rope_theta, x.device)
+        rope = cos[positions], sin[positions]                                            # (T, 1, K / 2)
         for i, block in enumerate(self.layers):
             x = block(x, rope, partial(attend, i))
         return self.norm(x)
@@ -164,7 +178,7 @@ class GPT(nn.Module):
         if T > self.config.max_positions:
             raise ValueError(f"{T} tokens, but the model has {self.config.max_positions} positions")
         hidden = self.packed_hidden(tokens.flatten(), make_layout([(T, [])] * B, tokens.device))
-        return F.linear(hidden, self.head.to(hidden.dtype)).float().view(B, T, -1)
+        return linear(hidden, self.head).float().view(B, T, -1)
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
@@ -188,8 +202,7 @@ class GPT(nn.Module):
                 shape, expected = tuple(tensor.shape), tuple(missing.pop(name).shape)
                 if shape != expected:
                     raise ValueError(f"{path}: {name} has shape {shape}, config.json asks for {expected}")
-                module, leaf = name.rsplit(".", 1)
-                setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(dtype)))
+                model.set_weight(name, tensor.to(dtype))
         if missing:
             raise ValueError(f"{folder}: tensor {next(iter(missing))} is in no safetensors file")
         if head is not None and not torch.equal(head, model.head):

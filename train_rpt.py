@@ -18,7 +18,6 @@ What the paper leaves open, and our choice: advantages are not divided by their 
 """
 import argparse
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import kernels
 import parallel
 from checkpoint import append, catch_interrupts, checkpoint_to_resume, load_trainer, open_run, save_checkpoint
 from data import speak_once
@@ -206,7 +206,8 @@ def parse_args():
     add("--dynamic-sampling-from", type=int, default=500, metavar="STEP",
         help="from here on replace groups whose rewards are all equal by new positions; -1: never")
     add("--max-rounds", type=int, default=4, help="batches that dynamic sampling draws for one step at most")
-    add("--max-rows", type=int, default=256, help="rollouts decoded at a time; bounds the cache")
+    add("--max-rows", type=int, default=256, help="rollouts decoded at a time")
+    add("--kv-gb", type=float, default=None, help="memory for keys and values; default: half of what is there")
     # update
     add("--lr", type=float, default=1e-6, help="learning rate of AdamW(0.9, 0.999), constant")
     add("--weight-decay", type=float, default=0.01)
@@ -221,11 +222,12 @@ def parse_args():
     add("--resume", action="store_true", help="continue the run in --out-dir, if there is one")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    add("--kernels", default=os.environ.get("NANORPT_KERNELS", "torch"),
-        help="torch: plain PyTorch, the only kind there is; also set by NANORPT_KERNELS")
+    add("--kernels", default=kernels.asked,
+        help="torch, fast or bitwise (kernels/__init__.py); default: NANORPT_KERNELS if set, else bitwise on a "
+             "GPU, where logp_gap is then 0, and torch on a CPU")
     args = parser.parse_args()
-    if args.kernels != "torch":  # argparse would not check what the environment asks for
-        raise ValueError(f"--kernels (or NANORPT_KERNELS) {args.kernels!r} is not implemented; torch is")
+    kernels.use(args.kernels)
+    args.kernels = kernels.chosen(torch.device(args.device))
     check_range(args, 1, "steps batch_size rollouts max_prompt_tokens max_new_tokens max_rounds max_rows "
                          "updates_per_batch tokens_per_micro_batch save_every")
     check_range(args, 0, "entropy_threshold lr weight_decay grad_clip clip_ratio entropy_coef seed")
@@ -269,7 +271,7 @@ if __name__ == "__main__":
         dynamic = 0 <= args.dynamic_sampling_from <= step
         seen, kept = [], []              # groups of this rank: all that were sampled, and those that train
         missing = args.batch_size        # groups still wanted, over all ranks
-        dt_gen = dt_reward = 0.0
+        dt_gen, dt_reward, stats = 0.0, 0.0, {}
         for draw in range(args.max_rounds if dynamic else 1):
             clock = time.perf_counter()
             chosen = positions[shuffled(len(positions), cursor, args.batch_size, args.seed)]
@@ -280,7 +282,7 @@ if __name__ == "__main__":
                       disable=None if parallel.RANK == 0 else True) as bar:
                 rollouts = generate(model, [q.prompt for q in questions], args.rollouts, args.max_new_tokens,
                                     args.temperature, stop_ids(tokenizer), (args.seed, step, draw),
-                                    mine.start, args.max_rows, bar.update)
+                                    mine.start, args.max_rows, args.kv_gb, bar.update, stats)
             dt_gen, clock = dt_gen + time.perf_counter() - clock, time.perf_counter()
             groups = [score(tokenizer, question, r) for question, r in zip(questions, rollouts)]
             alive = parallel.gather_lists([not dynamic or len(set(g.rewards)) > 1 for g in groups])
@@ -305,7 +307,7 @@ if __name__ == "__main__":
         metrics = dict(step=step + 1) | rollout_metrics(seen) | metrics
         sampled = sum(group_tokens(g) for g in seen)                                     # prompts once
         trained = metrics["trained_tokens"]
-        metrics |= dict(lr=args.lr, gen_tok_s=metrics["tokens"] / dt_gen, train_tok_s=trained / dt_train,
+        metrics |= dict(lr=args.lr, occupancy=stats.get("occupancy"), gen_tok_s=metrics["tokens"] / dt_gen, train_tok_s=trained / dt_train,
                         mfu=6 * parameters * trained / dt_train / parallel.WORLD / peak if peak else 0.0,
                         flops=2 * parameters * sampled + 6 * parameters * trained,
                         dt_gen=dt_gen, dt_reward=dt_reward, dt_train=dt_train)

@@ -1,11 +1,18 @@
-"""What all tests share: the repository on the import path, one thread, and a tiny random GPT."""
+"""What all tests share: the repository on the import path, one thread, and a tiny random GPT.
+
+Kernels run on the GPU where there is one (DEVICE), else in Triton's interpreter; NANORPT_KERNELS is left alone.
+"""
 import os
 import sys
 
 import pytest
 import torch
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import kernels
 from model import GPT, GPTConfig
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
@@ -23,3 +30,11 @@ def tiny_gpt():
             if weight.ndim == 2:
                 weight.mul_(5)
     return model
+
+
+@pytest.fixture(autouse=True)
+def use_kernels():
+    """use_kernels("fast"): these kernels until the end of the test."""
+    before = kernels.asked
+    yield kernels.use
+    kernels.asked = before

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+import kernels
 from data.tokenizer import Tokenizer
 from model import GPT
 from tiny import ENVIRONMENT, ROOT, base, corpus, run_here
@@ -149,10 +150,12 @@ def test_a_number_out_of_range_is_named_with_its_flag(fails, script, value, flag
     fails(f"--{flag} must be at least", script, f"--{flag}={value}")
 
 
-def test_kernels_that_do_not_exist_are_refused_also_when_the_environment_asks(fails, monkeypatch):
-    fails("'fast' is not implemented", "train_rpt.py", "--kernels", "fast")
-    monkeypatch.setenv("NANORPT_KERNELS", "bitwise")
-    fails("'bitwise' is not implemented", "train_rpt.py")
+def test_kernels_that_do_not_exist_or_cannot_run_here_are_refused(fails, use_kernels, monkeypatch):
+    fails("'quick' is none of torch, fast, bitwise", "train_rpt.py", "--kernels", "quick")
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    fails("fast: Triton kernels need a GPU, the device is cpu", "train_rpt.py", "--kernels", "fast")
+    kernels.asked = "bitwise"  # as the environment would have it
+    fails("NANORPT_KERNELS) bitwise: Triton kernels need a GPU", "train_rpt.py")
 
 
 @pytest.mark.parametrize("script", PROMPTING)

@@ -86,6 +86,26 @@ def test_no_rows_give_no_results_and_zero_gradients():
     assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
+def test_a_target_of_minus_one_marks_an_ignored_row():
+    hidden, weight, targets = case()
+    targets[3] = -1
+    counts = targets != -1
+    logprobs, entropy = logprob(hidden, weight, targets, 0.8)
+    assert logprobs[3] == entropy[3] == 0
+    expected = oracle(hidden[counts], weight, targets[counts], 0.8)
+    assert_same((logprobs[counts], entropy[counts]), expected, 1e-5)
+    d_hidden, d_weight = torch.autograd.grad(logprobs.sum() + entropy.sum(), (hidden, weight))
+    assert (d_hidden[3] == 0).all() and (d_hidden[counts] != 0).any(dim=1).all()
+    without = logprob(hidden[counts], weight, targets[counts], 0.8)
+    assert_same(torch.autograd.grad(sum(x.sum() for x in without), (weight,)), (d_weight,), 1e-6)
+
+
+def test_gradients_of_the_reference_are_finite_differences_in_fp64():
+    hidden, weight, targets = case(N=4, D=3, V=5, dtype=torch.float64)
+    targets[1] = -1
+    assert torch.autograd.gradcheck(lambda h, w: logprob(h, w, targets, 0.8), (hidden, weight))
+
+
 def test_bf16_hidden_states_give_fp32_results_and_gradients_in_the_masters_dtype():
     hidden, weight, targets = case(dtype=torch.bfloat16)
     master = weight.detach().float().requires_grad_()

@@ -12,7 +12,8 @@ import torch
 import sample
 from data.tokenizer import EMBEDDED_PATTERN, EMBEDDED_SPECIAL, Tokenizer
 from model import GPT, GPTConfig
-from sample import draw, generate, mix
+from kernels.logprob import draw
+from sample import generate, mix
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2], [8, 4], [6, 2, 6, 4, 3, 3, 8], [3, 2, 7]]
 STOPS = [7, 21, 30]  # of 40 tokens: some rollouts stop at once, some late, some never
@@ -115,6 +116,49 @@ def test_finished_rows_stop_costing_time(tiny_gpt, monkeypatch):
         assert needed <= rows <= needed / 0.75
 
 
+def test_a_row_whose_rollout_ended_takes_the_next_one(tiny_gpt, monkeypatch):
+    rows, step, stats = [], sample.step, {}
+    monkeypatch.setattr(sample, "step", lambda model, cache, *rest: rows.append(cache.B) or step(model, cache, *rest))
+    rollouts = run(tiny_gpt, n=8, stop_ids=STOPS, max_rows=6, stats=stats)
+    needed = [len(tokens) - 1 for group in tokens_of(rollouts) for tokens in group]  # the first: by the prefill
+    assert stats["occupancy"] == sum(needed) / sum(rows) > 0.9
+    chunks = [max(needed[i:i + 6]) for i in range(0, 48, 6)]  # six rows that wait for the slowest of them
+    assert len(rows) < 0.8 * sum(chunks)
+
+
+def test_a_prompt_is_computed_once_however_its_rollouts_are_spread(tiny_gpt, monkeypatch):
+    computed, real = [], sample.prefill
+    monkeypatch.setattr(sample, "prefill", lambda model, cache, prompts, slots:
+                        computed.extend(map(tuple, prompts)) or real(model, cache, prompts, slots))
+    run(tiny_gpt, n=8, stop_ids=STOPS, max_rows=3)
+    assert sorted(computed) == sorted(map(tuple, PROMPTS))
+
+
+# ---- memory ----
+
+def test_the_cache_takes_what_the_formula_says(tiny_gpt, monkeypatch):
+    caches, real = [], sample.Cache
+    monkeypatch.setattr(sample, "Cache", lambda *args: caches.append(real(*args)) or caches[0])
+    stats = {}
+    run(tiny_gpt, [[1] * 40], n=20, max_new_tokens=9, stats=stats)
+    tensors = caches[0].prompt_k + caches[0].prompt_v
+    assert sum(x.numel() for x in tensors) == 2 * 2 * 40 * 2 * 8  # k and v, layers, tokens: one copy, heads, size
+    assert stats["kv_bytes"] == 2 * 2 * (40 + 20 * 8) * 2 * 8 * 4  # 8 of 9 new tokens are read again; fp32
+
+
+def test_a_small_budget_costs_rows_and_no_token(tiny_gpt):
+    stats, expected = {}, run(tiny_gpt, stop_ids=STOPS)
+    token_bytes = 2 * 2 * 2 * 8 * 4
+    size = (2 * 11 + 4 * 15) * token_bytes  # two prompt slots and four rows
+    for budget, bytes in ((size + 1, size), (size - 1, size - 15 * token_bytes)):
+        assert tokens_of(run(tiny_gpt, stop_ids=STOPS, kv_gb=budget / 1e9, stats=stats)) == tokens_of(expected)
+        assert stats["kv_bytes"] == bytes
+
+
+def test_a_budget_below_one_rollout_is_refused_with_the_numbers(tiny_gpt):
+    with pytest.raises(ValueError, match=r"takes 6.66e-06 GB \(a prompt of 11 and 15 new .*room for 6e-06 GB"):
+        run(tiny_gpt, kv_gb=6e-6)
+
 
 # ---- stopping ----
 
@@ -157,10 +201,17 @@ def test_no_prompts_give_no_rollouts(tiny_gpt):
     assert run(tiny_gpt, []) == []
 
 
+def test_every_token_is_reported_as_it_comes(tiny_gpt):
+    seen = {}
+    rollouts = run(tiny_gpt, stop_ids=STOPS, max_rows=5,
+                   on_token=lambda i, s, token: seen.setdefault((i, s), []).append(token))
+    assert seen == {(i, s): tokens for i, group in enumerate(tokens_of(rollouts)) for s, tokens in enumerate(group)}
+
+
 def test_progress_adds_up_to_all_rollouts(tiny_gpt):
     done = []
-    run(tiny_gpt, n=2, max_rows=5, progress=done.append)
-    assert done == [4, 4, 4]  # two prompts at a time
+    run(tiny_gpt, n=2, max_rows=5, progress=done.append, stop_ids=STOPS)
+    assert sum(done) == 12 and len(done) > 3 and 0 not in done
 
 
 # ---- randomness ----
@@ -258,6 +309,44 @@ def test_each_bit_of_a_key_flips_half_of_the_bits():
     assert (share - 0.5).abs().max() < 5.5 * 0.5 / math.sqrt(200)  # 4,032 shares of 200 coins each
 
 
+# ---- truncation: for the command line and for eval ----
+
+@pytest.mark.parametrize("options", [dict(top_k=5), dict(top_p=0.7), dict(min_p=0.1), dict(top_k=1),
+                                     dict(top_k=30, top_p=0.95, min_p=0.02), dict(top_p=1e-6)])
+def test_truncation_keeps_the_tokens_that_transformers_keeps(options):
+    from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    logits = 3 * torch.randn(50, 200, generator=torch.Generator().manual_seed(0))
+    theirs = logits
+    for name, warper in (("top_k", TopKLogitsWarper), ("top_p", TopPLogitsWarper), ("min_p", MinPLogitsWarper)):
+        if name in options:
+            theirs = warper(options[name])(None, theirs)
+    ours = sample.truncation(**options)(logits.clone())
+    assert torch.equal(ours, theirs) and 1 <= (ours > -math.inf).sum(dim=1).min() < 200
+
+
+def test_truncated_rollouts_stay_inside_and_keep_the_temperature(tiny_gpt):
+    prompt, truncate = PROMPTS[0], sample.truncation(top_k=3)
+    with torch.no_grad():
+        top = (tiny_gpt(torch.tensor([prompt]))[0, -1] / 2.0).topk(3)
+    [group] = run(tiny_gpt, [prompt], n=3000, max_new_tokens=1, temperature=2.0, truncate=truncate, max_rows=3000)
+    counts = Counter(rollout.tokens[0] for rollout in group)
+    for token, p in zip(top.indices.tolist(), top.values.softmax(dim=0).tolist()):
+        assert counts.pop(token) == pytest.approx(3000 * p, abs=5 * math.sqrt(3000 * p * (1 - p)))
+    assert not counts
+
+
+def test_greedy_is_greedy_under_truncation(tiny_gpt):
+    assert tokens_of(run(tiny_gpt, temperature=0, truncate=sample.truncation(top_p=0.5))) == tokens_of(
+        run(tiny_gpt, temperature=0))
+
+
+@pytest.mark.parametrize("options", [dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.1), dict(min_p=-0.1),
+                                     dict(min_p=math.nan)])
+def test_a_truncation_out_of_range_is_refused(options):
+    with pytest.raises(ValueError, match="top-k must be at least 0, top-p"):
+        sample.truncation(**options)
+
+
 # ---- requests that cannot be met ----
 
 @pytest.mark.parametrize("change, words", [
@@ -285,8 +374,8 @@ def test_nan_weights_name_the_first_bad_prompt(tiny_gpt, batch):
     with torch.no_grad():
         model.embed_tokens.weight[17] = math.nan
     assert run(model, [[1, 2]], n=1, max_new_tokens=1)
-    with pytest.raises(ValueError, match=r"NaN.* 0 tokens after the prompt \[3, 17, 4\]"):
-        run(model, [[5, 5, 5, 17], [1, 2], [3, 17, 4], [5]], n=2, max_new_tokens=1, max_rows=batch)
+    with pytest.raises(ValueError, match=r"NaN.* 0 tokens after prompt 1 \(\[3, 17, 4\]"):
+        run(model, [[1, 2], [3, 17, 4], [17], [5, 5, 5, 2]], n=2, max_new_tokens=1, max_rows=batch)
 
 
 # ---- the command line ----
@@ -322,3 +411,13 @@ def test_the_command_line_prints_what_generate_returns(checkpoint):
 def test_the_command_line_speaks_once_about_a_wrong_folder(tmp_path):
     ran = command_line("--model", str(tmp_path / "nowhere"), "--prompt", "x")
     assert ran.returncode == 2 and len(ran.stderr.splitlines()) == 1 and b"nowhere" in ran.stderr
+
+
+def test_a_single_rollout_is_written_as_it_comes_and_ends_with_its_box(checkpoint):
+    options = ("--model", checkpoint, "--max-new-tokens", "20", "--prompt", "ab", "--temperature", "2")
+    ran, as_json = command_line(*options), command_line(*options, "--json")
+    assert ran.returncode == 0, ran.stderr
+    printed = json.loads(as_json.stdout)
+    assert ran.stdout.decode().startswith(printed["text"].rstrip("\ufffd"))  # a torn character waits for its end
+    end = "finished" if printed["finished"] else "cut off"
+    assert ran.stdout.decode().endswith(f"\n--- rollout 1 of 1: {len(printed['tokens'])} tokens, {end}, box None\n")

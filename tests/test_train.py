@@ -297,7 +297,7 @@ def command(script, corpus, base, run, **flags):
 
 def lines(run, name="metrics.jsonl"):
     """Records of a log without the times, which differ from run to run."""
-    timing = lambda key: key.startswith("dt_") or key.endswith("_tok_s") or key == "mfu"
+    timing = lambda key: key.startswith("dt_") or key.endswith("_tok_s") or key in ("mfu", "occupancy")
     return [{k: v for k, v in json.loads(line).items() if not timing(k)}
             for line in (run / name).read_text().splitlines()]
 
@@ -401,7 +401,7 @@ def test_a_run_moves_the_weights_and_logs_what_is_documented(whole, base):
     assert names >= {"step", "loss", "grad_norm", "lr", "train_tok_s", "flops", "dt_train"}
     if script == "train_rpt.py":
         assert names >= {"reward", "reward_std", "frac_zero_std", "format_rate", "len_mean", "frac_truncated",
-                         "entropy", "clip_frac", "logp_gap", "gen_tok_s", "mfu", "dt_gen", "dt_reward"}
+                         "entropy", "clip_frac", "logp_gap", "occupancy", "gen_tok_s", "mfu", "dt_gen", "dt_reward"}
         assert max(line["logp_gap"] for line in lines(run)) < 1e-5
 
 

@@ -1,0 +1,79 @@
+"""Triton's CPU interpreter, made to round like a GPU. In force whenever TRITON_INTERPRET=1 is set.
+
+The interpreter keeps bf16 as 16-bit integers and computes on the bit patterns: every bf16 dot, sum or product
+is silently wrong, and its cast from fp32 cuts where a GPU rounds to nearest even. Its dot is a BLAS call, in
+which a row's last bit depends on where in the tile the row stands; a tensor core treats all rows alike.
+`repair` puts both right: bf16 is computed in fp32 and rounded once, and so is a dot, in fp64.
+"""
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+Handle, Builder = interpreter.TensorHandle, interpreter.InterpreterBuilder
+
+
+def to_float(bits):
+    """bf16 bit patterns -> fp32, exactly."""
+    return (np.ascontiguousarray(bits).astype(np.uint32) << 16).view(np.float32).reshape(np.shape(bits))
+
+
+def to_bits(x):
+    """fp32 -> bf16 bit patterns, round to nearest even; NaN stays NaN."""
+    x = np.asarray(x, dtype=np.float32)
+    bits = np.ascontiguousarray(x).view(np.uint32).reshape(x.shape).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
+
+
+def is_bf16(handle):
+    return handle.dtype.scalar == tl.bfloat16
+
+
+def as_fp32(handle):
+    return Handle(to_float(handle.data), tl.float32) if is_bf16(handle) else handle
+
+
+def repair():
+    """Replace the methods that compute, in this process."""
+    if getattr(Builder, "repaired", False):  # twice would wrap them twice
+        return
+    Builder.repaired = True
+    binary, unary, fma = Builder.binary_op, Builder.unary_op, Builder.create_fma
+    cast = Builder.cast_impl
+
+    def bf16_result(out):
+        return Handle(out, tl.int1) if out.dtype == np.bool_ else Handle(to_bits(out), tl.bfloat16)
+
+    def binary_op(self, lhs, rhs, op):
+        if is_bf16(lhs) and is_bf16(rhs):
+            return bf16_result(op(to_float(lhs.data), to_float(rhs.data)))
+        return binary(self, lhs, rhs, op)
+
+    def unary_op(self, arg, op):
+        return bf16_result(op(to_float(arg.data))) if is_bf16(arg) else unary(self, arg, op)
+
+    def create_fma(self, x, y, z):
+        if is_bf16(x):
+            return bf16_result(to_float(x.data) * to_float(y.data) + to_float(z.data))
+        return fma(self, x, y, z)
+
+    def cast_impl(self, source, to):
+        if is_bf16(source) and to.scalar != tl.bfloat16:
+            source = as_fp32(source)
+            return source if to.scalar == tl.float32 else cast(self, source, to)
+        if to.scalar == tl.bfloat16 and not is_bf16(source):
+            return Handle(to_bits(source.data.astype(np.float32)), tl.bfloat16)
+        return cast(self, source, to)
+
+    def create_fp_to_fp(self, source, to, rounding):
+        return cast_impl(self, source, to)
+
+    def create_dot(self, a, b, d, *_):
+        a, b = (as_fp32(x).data.astype(np.float64) for x in (a, b))
+        return Handle((np.matmul(a, b) + d.data).astype(d.data.dtype), d.dtype.scalar)
+
+    def create_atomic_rmw(self, *_):
+        raise AssertionError("an atomic: its order, and so the last bit, changes from run to run")
+
+    for method in (binary_op, unary_op, create_fma, cast_impl, create_fp_to_fp, create_dot, create_atomic_rmw):
+        setattr(Builder, method.__name__, method)

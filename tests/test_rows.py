@@ -1,0 +1,104 @@
+"""RMSNorm, SwiGLU and matrix product by Triton: right, and blind to the rows beside a row."""
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from conftest import DEVICE
+from interpreter import canaries, guarded, shuffled_grid
+from kernels.rows import linear, rms_norm, rms_norm_reference, swiglu
+
+DTYPES = {torch.float32: 2e-6, torch.bfloat16: 5e-3}  # largest relative error of the forward, as a norm
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.to(dtype).to(DEVICE)
+
+
+def error(ours, theirs):
+    """||ours - theirs|| / ||theirs||; NaN is no small number."""
+    distance = (ours.double() - theirs.double()).norm() / theirs.double().norm()
+    assert distance.isfinite()
+    return distance.item()
+
+
+def gradients(out, inputs):
+    return torch.autograd.grad(out, inputs, random(*out.shape, dtype=out.dtype, seed=9))
+
+
+@pytest.fixture(autouse=True)
+def bitwise(use_kernels):
+    use_kernels("bitwise")
+
+
+CASES = {  # name: the operation, its formula in fp64, the shapes of its inputs
+    "linear": (linear, lambda x, w, b: x @ w.T + b, [(70, 96), (150, 96), (150,)]),
+    "linear, odd sizes": (linear, lambda x, w, b: x @ w.T + b, [(65, 33), (129, 33), (129,)]),
+    "no bias": (linear, lambda x, w: x @ w.T, [(1, 64), (128, 64)]),
+    "rms_norm": (lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: rms_norm_reference(x.float(), w.float(), 1e-5),
+                 [(5, 48), (48,)]),
+    "rms_norm of heads": (lambda x, w: rms_norm(x, w, 1e-6),
+                          lambda x, w: rms_norm_reference(x.float(), w.float(), 1e-6), [(5, 3, 16), (16,)]),
+    "swiglu": (swiglu, lambda g, u: g / (1 + (-g).exp()) * u, [(7, 150), (7, 150)]),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_agree_with_the_formula_and_stay_inside_their_tensors(name, dtype, monkeypatch):
+    operation, formula, shapes = CASES[name]
+    inputs = [random(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
+    ours = [guarded(x).requires_grad_() for x in inputs]
+    exact = [x.double().requires_grad_() for x in inputs]
+    with canaries(monkeypatch):
+        out = operation(*ours)
+    expected = formula(*exact)
+    assert out.dtype == dtype and error(out, expected) < DTYPES[dtype]
+    for a, b in zip(gradients(out, ours), gradients(expected.double(), exact)):
+        assert a.dtype == dtype and error(a, b) < 3 * DTYPES[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(name, dtype):
+    operation, _, shapes = CASES[name]
+    inputs = [random(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
+    rows = len(inputs[0])
+    out = operation(*inputs)
+    in_rows = lambda x, chosen: x[chosen] if len(x) == rows and x.ndim > 1 else x
+    for chosen in (slice(0, 1), slice(rows - 1, rows), torch.randperm(rows)[:3]):
+        assert torch.equal(operation(*(in_rows(x, chosen) for x in inputs)), out[chosen])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_of_64_and_of_128_rows_give_equal_bits(dtype):
+    x, weight = random(600, 80, dtype=dtype), random(130, 80, dtype=dtype, seed=1)
+    many = linear(x, weight)                       # above 512 rows a tile has 128
+    assert torch.equal(linear(x[100:140], weight), many[100:140])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_order_of_programs_changes_nothing(name):
+    operation, _, shapes = CASES[name]
+    inputs = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
+    expected = operation(*inputs)
+    for seed in range(3):
+        with shuffled_grid(seed):
+            assert torch.equal(operation(*inputs), expected)
+
+
+def test_large_gates_overflow_nothing():
+    gate = torch.tensor([[-1e4, -200.0, -88.0, 0.0, 88.0, 1e4]], device=DEVICE)
+    out = swiglu(gate, torch.ones_like(gate))
+    assert torch.equal(out[0, 3:].cpu(), torch.tensor([0.0, 88.0, 1e4])) and out.isfinite().all()
+
+
+def test_no_rows_are_no_error():
+    empty = torch.zeros(0, 16, device=DEVICE)
+    assert linear(empty, torch.ones(8, 16, device=DEVICE)).shape == (0, 8)
+    assert rms_norm(empty, torch.ones(16, device=DEVICE), 1e-5).shape == swiglu(empty, empty).shape == (0, 16)
+
+
+def test_the_product_is_fp32_and_not_tf32():
+    x = torch.full((1, 64), 1 + 2**-12, device=DEVICE)  # TF32 keeps 10 bits behind the point
+    assert linear(x, torch.ones(8, 64, device=DEVICE))[0, 0].item() == 64 * (1 + 2**-12)
