@@ -301,7 +301,7 @@ def mix(key, *more):
 def cache_size(N, n, P, R, token_bytes, max_rows, budget):
     """-> B rows of R tokens and S slots of P for n rollouts of N prompts, as many as `budget` bytes can hold."""
     for B in range(min(max_rows, N * n), 0, -1):
-        S = min(N, 2 * math.ceil(B / n))  # twice what B rows need: prompts of stragglers, prompts to come
+        S = min(N, B, math.ceil(B / n * (2 + math.log(n))))  # the slowest of n takes 1 + 1/2 .. + 1/n times the mean
         if (S * P + B * R) * token_bytes <= budget:
             return B, S
     raise ValueError(f"the KV cache of a single rollout takes {(P + R) * token_bytes / 1e9:.3g} GB (a prompt of {P} "

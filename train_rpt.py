@@ -177,7 +177,8 @@ def sample_record(tokenizer, step, group, i):
 
 
 def step_line(steps, m):
-    gap = "-" if math.isnan(m["logp_gap"]) else f"{m['logp_gap']:.1e}"  # no group had a gradient
+    gap = m["logp_gap"]
+    gap = "-" if math.isnan(gap) else f"{gap:.1e}" if gap else "0.0"  # NaN: no group had a gradient
     return (f"step {m['step']:05d}/{steps:05d} | reward {m['reward']:.3f} | fmt {m['format_rate']:.2f} | "
             f"zero_std {m['frac_zero_std']:.2f} | ent {m['entropy']:.2f} | len {m['len_mean']:.0f} | "
             f"gnorm {m['grad_norm']:.2f} | gap {gap} | gen {m['gen_tok_s']:,.0f} tok/s | "

@@ -146,9 +146,10 @@ def title(entry):
 
 def table(report):
     """Lines of a Markdown table, one for each compiled kernel."""
-    lines = ["| kernel, constants, warps, stages | registers | spill B | shared B | HGMMA | HMMA |", "|---|---|---|---|---|---|"]
-    return "\n".join(lines + [f"| {title(e)} | {e['registers']} | {e['spill']} | {e['shared']:,} | {e['hgmma']} | "
-                              f"{e['hmma']} |" for e in report])
+    head = "| kernel, constants, warps, stages | registers | spill B | shared B | HGMMA | HMMA |"
+    return "\n".join([head, "|---|---|---|---|---|---|"] + [
+        f"| {title(e)} | {e['registers']} | {e['spill']} | {e['shared']:,} | {e['hgmma']} | {e['hmma']} |"
+        for e in report])
 
 
 if __name__ == "__main__":
@@ -156,6 +157,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Compile every kernel for sm_90, without a GPU.")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     args = parser.parse_args()
+    if kernels.INTERPRETED or not hasattr(kernels.triton, "compile"):
+        raise ValueError("nothing to compile: Triton is not installed, or TRITON_INTERPRET=1 turns it into Python")
     report = []
     with compile_launches(report):
         for kind in ("fast", "bitwise"):
@@ -164,7 +167,7 @@ if __name__ == "__main__":
     if args.json:
         print(json.dumps(report, default=str))
     else:
-        print(table(report))
+        print(f"triton {kernels.triton.__version__}, sm_90\n\n{table(report)}")
     wrong = [f"{title(entry)}: {fault}" for entry in report for fault in faults(entry)]
     for line in wrong:
         print(line, file=sys.stderr)

@@ -12,7 +12,8 @@ import torch
 import sample
 from data.tokenizer import EMBEDDED_PATTERN, EMBEDDED_SPECIAL, Tokenizer
 from model import GPT, GPTConfig
-from kernels.logprob import draw
+from kernels.attention import make_layout
+from kernels.logprob import draw, logprob
 from sample import generate, mix
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2], [8, 4], [6, 2, 6, 4, 3, 3, 8], [3, 2, 7]]
@@ -59,6 +60,18 @@ def test_bf16_activations_stay_close_to_the_full_forward(tiny_gpt):
     gaps = [abs(a - b) for prompt, group in zip(PROMPTS, run(tiny_gpt)) for rollout in group
             for a, b in zip(rollout.logprobs, logprobs_by_forward(tiny_gpt, prompt, rollout.tokens, 0.8))]
     assert sum(gaps) / len(gaps) < 0.05
+
+
+def test_ten_thousand_tokens_of_refilled_rows_agree_with_the_trainers_forward(tiny_gpt):
+    prompts = PROMPTS * 6
+    rollouts = run(tiny_gpt, prompts, n=30, stop_ids=STOPS, max_rows=40)
+    layout = make_layout([(len(p), [len(r.tokens) for r in group]) for p, group in zip(prompts, rollouts)])
+    tokens = torch.tensor([t for p, group in zip(prompts, rollouts) for t in p + [t for r in group for t in r.tokens]])
+    with torch.no_grad():
+        hidden = tiny_gpt.packed_hidden(tokens, layout)[layout.predict_rows]
+        logprobs, _ = logprob(hidden, tiny_gpt.head, tokens[layout.response_rows], 0.8)
+    sampled = torch.tensor([p for group in rollouts for r in group for p in r.logprobs])
+    assert len(sampled) > 10_000 and (logprobs - sampled).abs().max() < 1e-5
 
 
 # ---- rows are independent ----
@@ -149,8 +162,8 @@ def test_the_cache_takes_what_the_formula_says(tiny_gpt, monkeypatch):
 def test_a_small_budget_costs_rows_and_no_token(tiny_gpt):
     stats, expected = {}, run(tiny_gpt, stop_ids=STOPS)
     token_bytes = 2 * 2 * 2 * 8 * 4
-    size = (2 * 11 + 4 * 15) * token_bytes  # two prompt slots and four rows
-    for budget, bytes in ((size + 1, size), (size - 1, size - 15 * token_bytes)):
+    four, three = (4 * 11 + 4 * 15) * token_bytes, (3 * 11 + 3 * 15) * token_bytes  # rows, and slots of 11
+    for budget, bytes in ((four + 1, four), (four - 1, three)):
         assert tokens_of(run(tiny_gpt, stop_ids=STOPS, kv_gb=budget / 1e9, stats=stats)) == tokens_of(expected)
         assert stats["kv_bytes"] == bytes
 

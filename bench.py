@@ -1,0 +1,158 @@
+"""Every speed that the README claims, beside what people would otherwise use, in one run.
+
+    python bench.py kernels                          # on a GPU: our Triton kernels and their alternatives
+    python bench.py kernels --rows 3,6 --json bench.json
+    python bench.py sample                           # here: the sampler, 20 minutes on two cores
+    python bench.py sample --rows 2,3 --repeats 3
+
+    sample, row 1  8 prompts x 8 rollouts x 64 tokens, shapes of SmolLM2-135M, against transformers' generate
+               2  lengths as thoughts have them: refilled rows against rows that wait for the slowest
+               3  the embedded model in 256 rows: tokens/s, and what its matrix products alone would allow
+
+Models have random weights: speed does not depend on them. Ours and the alternative take turns, each once
+unmeasured; times are medians, ratios are of medians, above 1 ours is faster.
+"""
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from datetime import datetime
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+
+import sample
+from data import speak_once
+from kernels.bench import bench_kernels, commit
+from model import GPT, GPTConfig
+from train_ntp import SMALL, check_range
+
+SMOLLM2 = GPTConfig(vocab_size=49152, width=576, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64, ffn_width=1536,
+                    max_positions=2048)
+EMBEDDED = GPTConfig(vocab_size=390, **SMALL | dict(max_positions=640))  # of the demo, with room for row 2
+
+
+def medians(repeats, *calls):
+    """Seconds of each call, the median of `repeats`; the calls take turns, after one unmeasured turn."""
+    seconds = [[] for _ in calls]
+    for turn in range(repeats + 1):
+        for times, call in zip(seconds, calls):
+            start = time.perf_counter()
+            call(turn)
+            if turn:
+                times.append(time.perf_counter() - start)
+    return [statistics.median(times) for times in seconds]
+
+
+def random_prompts(config, count, length):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(config.vocab_size, (count, length), generator=generator).tolist()
+
+
+def against_transformers(repeats, config=SMOLLM2, lengths=(512, 64), new=64):
+    from transformers import AutoModelForCausalLM
+    model = GPT(config)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for length in lengths:
+        prompts = random_prompts(config, 8, length)
+        ours, other = medians(
+            repeats, lambda seed: sample.generate(model, prompts, 8, new, 1.0, [], seed),
+            lambda seed: theirs.generate(
+                torch.tensor(prompts), do_sample=True, top_k=0, num_return_sequences=8, max_new_tokens=new,
+                min_new_tokens=new, eos_token_id=None, pad_token_id=0, attention_mask=torch.ones(8, length).long()))
+        tokens = 8 * 8 * new
+        print(f"| 1 | prompts of {length} | {ours:.2f} s, {tokens / ours:,.0f} tok/s | transformers {other:.2f} s | "
+              f"{other / ours:.2f} |", flush=True)
+
+
+def with_random_lengths(mean, stop):
+    """sample.draw_next that ends a rollout after each token with probability 1 / mean, and never otherwise."""
+    real = sample.draw_next
+
+    def draw_next(model, hidden, bits, *rest):
+        tokens, logprobs = real(model, hidden, bits, *rest)
+        ends = (sample.mix(bits) >> 11 & (1 << 53) - 1) < (1 << 53) / mean
+        return torch.where(ends, stop, torch.where(tokens == stop, stop + 1, tokens)), logprobs
+
+    return patch.object(sample, "draw_next", draw_next)
+
+
+def against_waiting(repeats, config=EMBEDDED, rows=64, count=128, mean=64, cap=512):
+    model, prompts, stats, lengths = GPT(config), random_prompts(config, count, 64), {}, []
+
+    def refilled(seed):
+        rollouts = sample.generate(model, prompts, 8, cap, 1.0, [0], seed, max_rows=rows, stats=stats)
+        lengths[:] = [len(rollout.tokens) for group in rollouts for rollout in group]
+
+    def in_batches(seed):
+        for first in range(0, count, rows // 8):
+            sample.generate(model, prompts[first:first + rows // 8], 8, cap, 1.0, [0], seed, first_prompt=first,
+                            max_rows=rows)
+
+    def waiting(seed):
+        with patch.object(sample.Cache, "keep_live", lambda cache: None):
+            in_batches(seed)
+
+    with with_random_lengths(mean, 0):
+        ours, other, dropping = medians(repeats, refilled, waiting, in_batches)
+    shape = f"{rows} rows, {len(lengths)} rollouts of {sum(lengths) / len(lengths):.0f} tokens, {max(lengths)} at most"
+    rate = f"{ours:.2f} s, {sum(lengths) / ours:,.0f} tok/s, {stats['occupancy']:.1%} of the rows in use"
+    print(f"| 2 | {shape} | {rate} | batches that wait {other:.2f} s | {other / ours:.2f} |\n"
+          f"| 2 | the same | the same | batches that drop finished rows {dropping:.2f} s | {dropping / ours:.2f} |",
+          flush=True)
+
+
+def against_products(repeats, config=EMBEDDED, rows=256, new=64):
+    model, prompts, stats = GPT(config), random_prompts(config, rows // 4, 40), {}
+    weights = [weight.detach() for name, weight in model.named_parameters() if weight.ndim == 2]  # the head: tied
+    x = {weight.shape[1]: torch.randn(rows, weight.shape[1]) for weight in weights}
+
+    def products(_):
+        for _ in range(new):
+            for weight in weights:
+                F.linear(x[weight.shape[1]], weight)
+
+    ours, floor = medians(
+        repeats, lambda seed: sample.generate(model, prompts, 4, new, 1.0, [], seed, stats=stats), products)
+    print(f"| 3 | {rows} rows, prompts of 40, {new} tokens | {ours:.2f} s, {rows * new / ours:,.0f} tok/s | products alone "
+          f"{floor:.2f} s, {rows * new / floor:,.0f} tok/s | {floor / ours:.2f} |", flush=True)
+
+
+def bench_sample(args):
+    tasks = {"1": against_transformers, "2": against_waiting, "3": against_products}
+    rows = (args.rows or "1,2,3").split(",")
+    if not set(rows) <= tasks.keys():
+        raise ValueError(f"--rows {args.rows}: expected numbers from 1 to 3 with commas between, such as 1,3")
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, fp32, commit {commit()}, "
+          f"{datetime.now():%Y-%m-%d %H:%M}\npython {' '.join(sys.argv)}: medians of {args.repeats}\n\n"
+          "| row | what | ours | alternative | alternative / ours |\n|---|---|---|---|---|", flush=True)
+    for row in rows:
+        tasks[row](args.repeats)
+
+
+TASKS = {"kernels": bench_kernels, "sample": bench_sample}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Measure speed.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("task", choices=TASKS, help="kernels: on a GPU, one table a row; sample: on the CPU")
+    add = parser.add_argument
+    add("--rows", default=None, help="kernels: 1, 2 attention, 3 decoding, 4 log-probs, 5 sampling, 6 bits; sample: "
+                                     "1 transformers, 2 refill, 3 embedded model; all of them if left out")
+    add("--repeats", type=int, default=5, help="sample: runs of which the median is taken")
+    add("--quick", action="store_true", help="kernels: one or two shapes a row")
+    add("--minutes", type=float, default=8, help="kernels: begin no shape of rows 1 to 5 after this many minutes")
+    add("--json", default=None, metavar="FILE", help="kernels: write times (ms), errors and peaks (MB) here, too")
+    args = parser.parse_args()
+    check_range(args, 1, "repeats")
+    return args
+
+
+if __name__ == "__main__":
+    sys.excepthook = speak_once
+    args = parse_args()
+    TASKS[args.task](args)
