@@ -8,11 +8,13 @@
     sample, row 1  8 prompts x 8 rollouts x 64 tokens, shapes of SmolLM2-135M, against transformers' generate
                2  lengths as thoughts have them: refilled rows against rows that wait for the slowest
                3  the embedded model in 256 rows: tokens/s, and what its matrix products alone would allow
+               4  on a GPU: a decode step of Qwen2.5 shapes, against the time to read weights and cache once
 
 Models have random weights: speed does not depend on them. Ours and the alternative take turns, each once
 unmeasured; times are medians, ratios are of medians, above 1 ours is faster.
 """
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
@@ -23,15 +25,22 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 
+import kernels
 import sample
 from data import speak_once
 from kernels.bench import bench_kernels, commit
 from model import GPT, GPTConfig
 from train_ntp import SMALL, check_range
 
-SMOLLM2 = GPTConfig(vocab_size=49152, width=576, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64, ffn_width=1536,
-                    max_positions=2048)
+SMOLLM2 = GPTConfig(vocab_size=49_152, width=576, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64,
+                    ffn_width=1536, max_positions=2048)
 EMBEDDED = GPTConfig(vocab_size=390, **SMALL | dict(max_positions=640))  # of the demo, with room for row 2
+
+
+QWEN = {"0.5B": GPTConfig(vocab_size=151_936, width=896, n_layers=24, n_heads=14, n_kv_heads=2, head_dim=64,
+                          ffn_width=4864, max_positions=32_768, family="qwen2"),
+        "1.5B": GPTConfig(vocab_size=151_936, width=1536, n_layers=28, n_heads=12, n_kv_heads=2, head_dim=128,
+                          ffn_width=8960, max_positions=32_768, family="qwen2")}
 
 
 def medians(repeats, *calls):
@@ -63,14 +72,14 @@ def against_transformers(repeats, config=SMOLLM2, lengths=(512, 64), new=64):
             repeats, lambda seed: sample.generate(model, prompts, 8, new, 1.0, [], seed),
             lambda seed: theirs.generate(
                 torch.tensor(prompts), do_sample=True, top_k=0, num_return_sequences=8, max_new_tokens=new,
-                min_new_tokens=new, eos_token_id=None, pad_token_id=0, attention_mask=torch.ones(8, length).long()))
-        tokens = 8 * 8 * new
-        print(f"| 1 | prompts of {length} | {ours:.2f} s, {tokens / ours:,.0f} tok/s | transformers {other:.2f} s | "
-              f"{other / ours:.2f} |", flush=True)
+                min_new_tokens=new, eos_token_id=None, pad_token_id=0,
+                attention_mask=torch.ones(8, length).long()))
+        print(f"| 1 | prompts of {length} | {ours:.2f} s, {64 * new / ours:,.0f} tok/s | "
+              f"transformers {other:.2f} s | {other / ours:.2f} |", flush=True)
 
 
 def with_random_lengths(mean, stop):
-    """sample.draw_next that ends a rollout after each token with probability 1 / mean, and never otherwise."""
+    """sample.draw_next that ends a rollout with probability 1 / mean after every token."""
     real = sample.draw_next
 
     def draw_next(model, hidden, bits, *rest):
@@ -90,8 +99,8 @@ def against_waiting(repeats, config=EMBEDDED, rows=64, count=128, mean=64, cap=5
 
     def in_batches(seed):
         for first in range(0, count, rows // 8):
-            sample.generate(model, prompts[first:first + rows // 8], 8, cap, 1.0, [0], seed, first_prompt=first,
-                            max_rows=rows)
+            sample.generate(model, prompts[first:first + rows // 8], 8, cap, 1.0, [0], seed,
+                            first_prompt=first, max_rows=rows)
 
     def waiting(seed):
         with patch.object(sample.Cache, "keep_live", lambda cache: None):
@@ -99,16 +108,16 @@ def against_waiting(repeats, config=EMBEDDED, rows=64, count=128, mean=64, cap=5
 
     with with_random_lengths(mean, 0):
         ours, other, dropping = medians(repeats, refilled, waiting, in_batches)
-    shape = f"{rows} rows, {len(lengths)} rollouts of {sum(lengths) / len(lengths):.0f} tokens, {max(lengths)} at most"
+    mean = sum(lengths) / len(lengths)
+    shape = f"{rows} rows, {len(lengths)} rollouts of {mean:.0f} tokens, {max(lengths)} at most"
     rate = f"{ours:.2f} s, {sum(lengths) / ours:,.0f} tok/s, {stats['occupancy']:.1%} of the rows in use"
-    print(f"| 2 | {shape} | {rate} | batches that wait {other:.2f} s | {other / ours:.2f} |\n"
-          f"| 2 | the same | the same | batches that drop finished rows {dropping:.2f} s | {dropping / ours:.2f} |",
-          flush=True)
+    for what, seconds in (("wait", other), ("drop finished rows", dropping)):
+        print(f"| 2 | {shape} | {rate} | batches that {what} {seconds:.2f} s | {seconds / ours:.2f} |", flush=True)
 
 
 def against_products(repeats, config=EMBEDDED, rows=256, new=64):
     model, prompts, stats = GPT(config), random_prompts(config, rows // 4, 40), {}
-    weights = [weight.detach() for name, weight in model.named_parameters() if weight.ndim == 2]  # the head: tied
+    weights = [weight.detach() for weight in model.parameters() if weight.ndim == 2]  # one is the head, too
     x = {weight.shape[1]: torch.randn(rows, weight.shape[1]) for weight in weights}
 
     def products(_):
@@ -118,15 +127,43 @@ def against_products(repeats, config=EMBEDDED, rows=256, new=64):
 
     ours, floor = medians(
         repeats, lambda seed: sample.generate(model, prompts, 4, new, 1.0, [], seed, stats=stats), products)
-    print(f"| 3 | {rows} rows, prompts of 40, {new} tokens | {ours:.2f} s, {rows * new / ours:,.0f} tok/s | products alone "
-          f"{floor:.2f} s, {rows * new / floor:,.0f} tok/s | {floor / ours:.2f} |", flush=True)
+    rates = [f"{seconds:.2f} s, {rows * new / seconds:,.0f} tok/s" for seconds in (ours, floor)]
+    print(f"| 3 | {rows} rows, prompts of 40, {new} tokens | {rates[0]} | products alone {rates[1]} | "
+          f"{floor / ours:.2f} |", flush=True)
+
+
+def against_bandwidth(repeats, configs=QWEN, batches=(64, 256), contexts=(1024, 4096), new=(32, 160),
+                      device="cuda"):
+    """A step is the difference of two lengths: no prefill. Prompts are shared by 8 rows and read once."""
+    from kernels.measure import LIMITS
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    flops, bandwidth = next((limits for gpu, limits in LIMITS.items() if gpu in name), LIMITS["H200"])
+    for title, config in configs.items():
+        with torch.device(device):
+            model = GPT(config, torch.bfloat16).to(torch.bfloat16)
+        parameters = sum(weight.numel() for weight in model.parameters())
+        token_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * 2
+        for B, context, kind in itertools.product(batches, contexts, ("fast", "bitwise")):
+            kernels.use(kind)
+            prompts = random_prompts(config, B // 8, context)
+            run = lambda tokens: lambda seed: sample.generate(model, prompts, 8, tokens, 1.0, [], seed,
+                                                              max_rows=B)
+            short, long = medians(repeats, *map(run, new))
+            step = (long - short) / (new[1] - new[0])
+            cached = token_bytes * (B // 8 * context + B * sum(new) / 2)
+            floor = max(2 * parameters / bandwidth, 2 * parameters * B / flops) + cached / bandwidth
+            print(f"| 4 | {title} {kind}, {B} rows, context {context} | {1e3 * step:.2f} ms a step, "
+                  f"{B / step:,.0f} tok/s | weights and cache read once {1e3 * floor:.2f} ms | "
+                  f"{floor / step:.2f} |", flush=True)
 
 
 def bench_sample(args):
-    tasks = {"1": against_transformers, "2": against_waiting, "3": against_products}
-    rows = (args.rows or "1,2,3").split(",")
+    tasks = {"1": against_transformers, "2": against_waiting, "3": against_products, "4": against_bandwidth}
+    rows = (args.rows or ("1,2,3,4" if torch.cuda.is_available() else "1,2,3")).split(",")
     if not set(rows) <= tasks.keys():
-        raise ValueError(f"--rows {args.rows}: expected numbers from 1 to 3 with commas between, such as 1,3")
+        raise ValueError(f"--rows {args.rows}: expected numbers from 1 to 4 with commas between, such as 1,3")
+    if "4" in rows and not torch.cuda.is_available():
+        raise ValueError("--rows 4 is timed on a GPU, and torch finds none (CUDA)")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, fp32, commit {commit()}, "
           f"{datetime.now():%Y-%m-%d %H:%M}\npython {' '.join(sys.argv)}: medians of {args.repeats}\n\n"
           "| row | what | ours | alternative | alternative / ours |\n|---|---|---|---|---|", flush=True)
@@ -138,15 +175,18 @@ TASKS = {"kernels": bench_kernels, "sample": bench_sample}
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Measure speed.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Measure speed.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("task", choices=TASKS, help="kernels: on a GPU, one table a row; sample: on the CPU")
     add = parser.add_argument
-    add("--rows", default=None, help="kernels: 1, 2 attention, 3 decoding, 4 log-probs, 5 sampling, 6 bits; sample: "
-                                     "1 transformers, 2 refill, 3 embedded model; all of them if left out")
+    add("--rows", default=None,
+        help="kernels: 1, 2 attention, 3 decoding, 4 log-probs, 5 sampling, 6 bits; sample: 1 transformers, "
+             "2 refill, 3 embedded model, 4 bandwidth of a GPU; default: all that run here")
     add("--repeats", type=int, default=5, help="sample: runs of which the median is taken")
     add("--quick", action="store_true", help="kernels: one or two shapes a row")
-    add("--minutes", type=float, default=8, help="kernels: begin no shape of rows 1 to 5 after this many minutes")
-    add("--json", default=None, metavar="FILE", help="kernels: write times (ms), errors and peaks (MB) here, too")
+    add("--minutes", type=float, default=8, help="kernels: begin no shape after this many minutes")
+    add("--json", default=None, metavar="FILE",
+        help="kernels: write times (ms), errors and peaks (MB) here, too")
     args = parser.parse_args()
     check_range(args, 1, "repeats")
     return args

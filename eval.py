@@ -24,7 +24,7 @@ from data.prompt import stop_ids, template_ids
 from data.tokenizer import Tokenizer
 from kernels.attention import make_layout
 from model import GPT
-from sample import generate
+from sample import generate, rollout_bar, truncation
 from train_ntp import check_range, micro_batches
 from train_rpt import make_question, sample_record, score
 
@@ -63,10 +63,11 @@ def reasoning_groups(model, tokenizer, corpus, positions, args):
     template = template_ids(tokenizer, args.template)
     room = min(args.max_prompt_tokens, model.config.max_positions - args.max_new_tokens)
     questions = [make_question(corpus, tokenizer, position, template, room) for position in positions]
-    with tqdm(total=len(questions) * args.samples, desc="reasoning", unit="rollout", disable=None) as bar:
+    with rollout_bar(len(questions) * args.samples, "reasoning") as progress:
         rollouts = generate(model, [q.prompt for q in questions], args.samples, args.max_new_tokens,
-                            args.temperature, stop_ids(tokenizer), (args.seed, 1 << 20),
-                            max_rows=args.max_rows, progress=bar.update)
+                            args.temperature, stop_ids(tokenizer), (args.seed, 1 << 20), progress=progress,
+                            max_rows=args.max_rows, kv_gb=args.kv_gb,
+                            truncate=truncation(args.top_k, args.top_p, args.min_p))
     return [score(tokenizer, question, r) for question, r in zip(questions, rollouts)]
 
 
@@ -146,7 +147,11 @@ def parse_args():
     add("--template", default="v0", help="prompt of data/prompt.py: v0 to v6, or short")
     add("--max-prompt-tokens", type=int, default=4096, help="longer contexts lose their beginning")
     add("--max-new-tokens", type=int, default=8192, help="tokens of a response")
-    add("--max-rows", type=int, default=256, help="rollouts decoded at a time; bounds the cache")
+    add("--top-k", type=int, default=0, help="sample only from the K most probable tokens; 0: all")
+    add("--top-p", type=float, default=1.0, help="only from the fewest tokens that have this much probability")
+    add("--min-p", type=float, default=0.0, help="only from tokens with this share of the best one's probability")
+    add("--max-rows", type=int, default=256, help="rollouts decoded at a time")
+    add("--kv-gb", type=float, default=None, help="memory for keys and values; default: half of what is there")
     add("--out", default=None, help="write the table here as JSON")
     add("--dump", default=None, help="append one rollout for each position here, as JSON lines")
     add("--seed", type=int, default=0, help="chooses positions and thoughts")
@@ -154,6 +159,7 @@ def parse_args():
     args = parser.parse_args()
     check_range(args, 1, "positions samples max_prompt_tokens max_new_tokens max_rows")
     check_range(args, 0, "temperature seed")
+    truncation(args.top_k, args.top_p, args.min_p)
     return args
 
 

@@ -60,8 +60,11 @@ class Linear(nn.Linear):
 
 @lru_cache(maxsize=4)
 def rope_table(max_positions, K, theta, device):
-    """cos and sin of every angle, (max_positions, 1, K / 2) each, fp32. Computed once: a vectorised cosine may
-    round differently at the end of a tensor, and a position must have the same angle in every batch."""
+    """cos and sin of every angle, (max_positions, 1, K / 2) each, fp32.
+
+    Computed once: a vectorised cosine may round differently at the end of a tensor, and a position must have
+    the same angle in every batch.
+    """
     frequencies = 1 / theta ** (torch.arange(0, K, 2, device=device).float() / K)
     angles = torch.arange(max_positions, device=device)[:, None, None].float() * frequencies
     return angles.cos(), angles.sin()
@@ -143,7 +146,7 @@ class GPT(nn.Module):
         return self.embed_tokens.weight.device
 
     def cast(self):
-        """A copy with weights stored in compute_dtype, where every use would cast them; itself if they are."""
+        """A copy with weights stored in compute_dtype, where each use would cast them; itself if they are."""
         if self.embed_tokens.weight.dtype == self.compute_dtype:
             return self
         with torch.device("meta"):
@@ -162,7 +165,8 @@ class GPT(nn.Module):
         attend(layer, q (T, H, K), k (T, Hkv, K), v (T, Hkv, K)) -> (T, H, K)
         """
         x = self.embed_tokens(tokens).to(self.compute_dtype)
-        cos, sin = rope_table(self.config.max_positions, self.config.head_dim, self.config.rope_theta, x.device)
+        config = self.config
+        cos, sin = rope_table(config.max_positions, config.head_dim, config.rope_theta, x.device)
         rope = cos[positions], sin[positions]                                            # (T, 1, K / 2)
         for i, block in enumerate(self.layers):
             x = block(x, rope, partial(attend, i))

@@ -9,10 +9,9 @@ What `generate` promises to the trainer:
     other rows, their order and how many there are at a time change nothing;
   - the stop token is part of the rollout, because the policy is trained to emit it.
 
-    prefill   [ prompt 1 ][ prompt 2 ] ...     packed, no padding        -> prompt cache, S slots (S, Hkv, P, K)
-    decode    one token for every row          sees its prompt and itself   row cache, B rows (B, Hkv, R, K)
-    refill    a rollout ends                   -> its row takes the next one; a slot is free again when all n
-                                               rollouts of its prompt have ended
+    prefill   [ prompt 1 ][ prompt 2 ] ...   packed, no padding    -> prompt cache: S slots (S, Hkv, P, K)
+    decode    one token for every row        sees prompt and self  -> row cache: B rows (B, Hkv, R, K)
+    refill    a rollout ends, its row takes the next one; a slot is free when all n of its prompt have ended
 """
 import argparse
 import codecs
@@ -20,6 +19,8 @@ import json
 import math
 import os
 import sys
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -49,18 +50,19 @@ class Rollout:
 
 
 @torch.no_grad()
-def generate(model, prompts, n, max_new_tokens, temperature, stop_ids, seed,
-             first_prompt=0, max_rows=256, kv_gb=None, progress=None, stats=None, on_token=None, truncate=None):
+def generate(model, prompts, n, max_new_tokens, temperature, stop_ids, seed, first_prompt=0,
+             max_rows=256, kv_gb=None, progress=None, stats=None, on_token=None, truncate=None):
     """n rollouts for each of N prompts (lists of token ids) -> [[Rollout] * n for each prompt].
 
     temperature: 0 takes the most probable token (log-probs are then those of temperature 1).
     seed: an int or a tuple of ints. first_prompt: index of prompts[0] in the whole batch, so that ranks that
-    sample a part each draw what one process would have drawn. max_rows: rollouts decoded at a time; fewer if
-    the KV cache would pass kv_gb (default: half of the memory). progress: called with the number of rollouts
-    just done. stats: a dict that gets occupancy (share of the decoded rows that were in use) and kv_bytes.
-    on_token: called with (prompt, sample, token) for every token. truncate: logits (B, V) of the tempered
-    distribution -> logits with -inf where it shall not go (see `truncation`); not for training, whose
-    log-probs are those of the whole distribution.
+    sample a part each draw what one process would have drawn.
+    max_rows: rollouts decoded at a time; fewer if the KV cache would pass kv_gb (default: half of the memory).
+    progress: called with how many rollouts ended and tokens were drawn since its last call (`rollout_bar`).
+    stats: a dict that gets occupancy (share of the decoded rows that were in use) and kv_bytes.
+    on_token: called with (prompt, sample, token) for every token.
+    truncate: tempered logits (B, V) -> logits with -inf where sampling shall not go (`truncation`). Not for
+    training: log-probs are then not those of the policy.
     ValueError for an empty prompt, one that leaves no room, or arguments out of range.
     """
     check_request(model, prompts, n, max_new_tokens, temperature, stop_ids)
@@ -74,7 +76,7 @@ def generate(model, prompts, n, max_new_tokens, temperature, stop_ids, seed,
 
     def record(rows, tokens, logprobs):
         """Append one drawn token to the rollout of each of these rows; a row whose rollout ends is free."""
-        done = 0
+        done = drawn = 0
         for row, token, logprob in zip(rows, tokens, logprobs):
             if cache.owner[row] is None:
                 continue
@@ -86,13 +88,14 @@ def generate(model, prompts, n, max_new_tokens, temperature, stop_ids, seed,
             rollout.tokens.append(token)
             rollout.logprobs.append(logprob)
             rollout.finished = token in stops
+            drawn += 1
             if on_token:
                 on_token(i, s, token)
             if rollout.finished or len(rollout.tokens) == max_new_tokens:
                 cache.release(row)
                 done += 1
-        if progress and done:
-            progress(done)
+        if progress:
+            progress(done, drawn)
 
     decode_step = None
     while cache.waiting or cache.live:
@@ -120,6 +123,21 @@ def generate(model, prompts, n, max_new_tokens, temperature, stop_ids, seed,
     return rollouts
 
 
+@contextmanager
+def rollout_bar(total, desc, disable=None):
+    """A progress bar over rollouts, with tokens per second -> a function for `progress`. Terminals only."""
+    with tqdm(total=total, desc=desc, unit="rollout", leave=False, disable=disable) as bar:
+        start, tokens = time.perf_counter(), 0
+
+        def progress(done, drawn):
+            nonlocal tokens
+            tokens += drawn
+            bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):,.0f} tok/s", refresh=False)
+            bar.update(done)
+
+        yield progress
+
+
 def step(model, cache, temperature, truncate):
     """Decode one token for every row -> the next tokens (B,) and their log-probs (B,)."""
     rows = cache.rows
@@ -145,7 +163,8 @@ def truncation(top_k=0, top_p=1.0, min_p=0.0):
     """-> a function for `truncate`, or None: keep the top_k most probable tokens; of these the fewest that
     have top_p of the probability; of these the ones with at least min_p times that of the best."""
     if not (top_k >= 0 and 0 < top_p <= 1 and 0 <= min_p <= 1):
-        raise ValueError(f"top-k must be at least 0, top-p in (0, 1], min-p in [0, 1], got {top_k}, {top_p}, {min_p}")
+        raise ValueError("top-k must be at least 0, top-p in (0, 1], min-p in [0, 1], "
+                         f"got {top_k}, {top_p}, {min_p}")
 
     def truncate(logits):
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
@@ -163,7 +182,7 @@ def truncation(top_k=0, top_p=1.0, min_p=0.0):
 def stepper(model, cache, temperature, truncate):
     """-> a function without arguments that is `step`: on a GPU a CUDA graph, hundreds of launches as one."""
     eager, rows = lambda: step(model, cache, temperature, truncate), cache.rows
-    if model.device.type != "cuda" or kernels.chosen(model.device) == "torch":  # torch looks at sizes on the host
+    if model.device.type != "cuda" or kernels.chosen(model.device) == "torch":  # torch needs sizes on the host
         return eager
     before = rows.lengths.clone(), cache.tokens.clone()
     stream = torch.cuda.Stream()
@@ -218,9 +237,10 @@ class Cache:
         P, R = max(map(len, prompts)), max(1, max_new_tokens - 1)  # the last token is never read
         token_bytes = 2 * config.n_layers * Hkv * K * dtype.itemsize
         self.B, S = cache_size(len(prompts), n, P, R, token_bytes, max_rows, kv_budget(kv_gb, device))
-        self.bytes, self.room, self.n = (S * P + self.B * R) * token_bytes, R, n
+        self.bytes, self.room = (S * P + self.B * R) * token_bytes, R
         zeros = lambda N, T: [torch.zeros(N, Hkv, T, K, dtype=dtype, device=device) for _ in layers]
-        self.prompt_k, self.prompt_v, self.row_k, self.row_v = zeros(S, P), zeros(S, P), zeros(self.B, R), zeros(self.B, R)
+        self.prompt_k, self.prompt_v = zeros(S, P), zeros(S, P)
+        self.row_k, self.row_v = zeros(self.B, R), zeros(self.B, R)
         self.prompt_hidden = torch.zeros(S, config.width, dtype=dtype, device=device)
         self.tokens, self.keys = torch.zeros(2, self.B, dtype=torch.long, device=device)
         self.rows = Rows(self.B, S, config.n_heads // Hkv, device)
@@ -228,12 +248,12 @@ class Cache:
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # like lengths together
         self.waiting = [(i, s) for i in reversed(order) for s in reversed(range(n))]    # the next one is last
         self.owner = [None] * self.B                         # (prompt, sample) that a row works on
-        self.line = order[::-1]                              # prompts that have not been computed, the next one last
+        self.line = order[::-1]                              # prompts to be computed, the next one last
         self.slot_of, self.free, self.left = {}, list(range(S)), dict.fromkeys(order, n)
         self.live = 0
 
     def admit(self, model, prompts, keys):
-        """Give the next rollouts to idle rows -> the rows that start one; none if their prompts find no slot."""
+        """Give idle rows the next rollouts -> the rows that start one; none if no slot is free for a prompt."""
         idle, fresh = [row for row in range(self.B) if self.owner[row] is None], []
         while idle and self.waiting:
             i, s = self.waiting[-1]
@@ -273,14 +293,15 @@ class Cache:
         self.place()
 
     def place(self):
-        slots = [self.slot_of[owner[0]] if owner else -1 for owner in self.owner]
-        self.rows.place(slots)
+        """Tell the device which prompt each row continues."""
+        self.rows.place([self.slot_of[owner[0]] if owner else -1 for owner in self.owner])
 
     def attend(self, layer, q, k, v):
         """One new token for each row: q (B, H, K), k and v (B, Hkv, K) -> (B, H, K). Stores k and v."""
         rows, last = self.index[:self.B], self.rows.lengths - 1
         self.row_k[layer][rows, :, last], self.row_v[layer][rows, :, last] = k, v
-        return decode(q, self.prompt_k[layer], self.prompt_v[layer], self.row_k[layer], self.row_v[layer], self.rows)
+        caches = (cache[layer] for cache in (self.prompt_k, self.prompt_v, self.row_k, self.row_v))
+        return decode(q, *caches, self.rows)
 
 
 def random_keys(prompts, n, seed):
@@ -299,17 +320,18 @@ def mix(key, *more):
 
 
 def cache_size(N, n, P, R, token_bytes, max_rows, budget):
-    """-> B rows of R tokens and S slots of P for n rollouts of N prompts, as many as `budget` bytes can hold."""
+    """-> B rows of R tokens and S slots of P, for n rollouts of N prompts: what `budget` bytes can hold."""
     for B in range(min(max_rows, N * n), 0, -1):
-        S = min(N, B, math.ceil(B / n * (2 + math.log(n))))  # the slowest of n takes 1 + 1/2 .. + 1/n times the mean
+        S = min(N, B, math.ceil(B / n * (2 + math.log(n))))  # slots wait for the slowest of n, and one ahead
         if (S * P + B * R) * token_bytes <= budget:
             return B, S
-    raise ValueError(f"the KV cache of a single rollout takes {(P + R) * token_bytes / 1e9:.3g} GB (a prompt of {P} "
-                     f"and {R} new tokens, {token_bytes:,} bytes each); there is room for {budget / 1e9:.3g} GB")
+    raise ValueError(f"the KV cache of a single rollout takes {(P + R) * token_bytes / 1e9:.3g} GB (a prompt of "
+                     f"{P} and {R} new tokens, {token_bytes:,} bytes each); "
+                     f"there is room for {budget / 1e9:.3g} GB")
 
 
 def kv_budget(kv_gb, device):
-    """Bytes that the KV cache may take: what was asked for, or half of the memory (on a GPU, of what is free)."""
+    """Bytes that the KV cache may take: as asked, or half of the memory (on a GPU: of what is free)."""
     if kv_gb is not None:
         return kv_gb * 1e9
     if device.type == "cuda":
@@ -339,7 +361,7 @@ def check_request(model, prompts, n, max_new_tokens, temperature, stop_ids):
 
 
 def printer(tokenizer):
-    """-> a function for `on_token` that writes a single rollout as it comes, characters when they are whole."""
+    """-> a function for `on_token` that writes one rollout as it comes, characters when they are whole."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     return lambda _i, _s, token: print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
 
@@ -358,7 +380,7 @@ if __name__ == "__main__":
     add("--max-new-tokens", type=int, default=256, help="length of a rollout")
     add("--temperature", type=float, default=0.8, help="0 is greedy")
     add("--top-k", type=int, default=0, help="only the K most probable tokens; 0: all")
-    add("--top-p", type=float, default=1.0, help="only the fewest tokens that have this much of the probability")
+    add("--top-p", type=float, default=1.0, help="only the fewest tokens that have this much probability")
     add("--min-p", type=float, default=0.0, help="only tokens with this share of the best one's probability")
     add("--seed", type=int, default=0, help="same seed, same rollouts")
     add("--kv-gb", type=float, default=None, help="memory for keys and values; default: half of what is there")
@@ -381,10 +403,10 @@ if __name__ == "__main__":
         before, after = template_ids(tokenizer, args.template)
         prompt = build_prompt(prompt, before, after, model.config.max_positions - args.max_new_tokens)
     streams = args.n == 1 and not args.json
-    with tqdm(total=args.n, desc="rollouts", leave=False, disable=True if args.n == 1 else None) as bar:
-        [rollouts] = generate(model, [prompt], args.n, args.max_new_tokens, args.temperature, stop_ids(tokenizer),
-                              args.seed, kv_gb=args.kv_gb, progress=bar.update, truncate=truncate,
-                              on_token=printer(tokenizer) if streams else None)
+    with rollout_bar(args.n, "rollouts", disable=True if streams else None) as progress:
+        [rollouts] = generate(model, [prompt], args.n, args.max_new_tokens, args.temperature,
+                              stop_ids(tokenizer), args.seed, kv_gb=args.kv_gb, progress=progress,
+                              on_token=printer(tokenizer) if streams else None, truncate=truncate)
     for i, rollout in enumerate(rollouts, start=1):
         response = tokenizer.decode_bytes(rollout.tokens)
         box, response = extract_prediction(response), response.decode("utf-8", "replace")

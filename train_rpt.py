@@ -24,7 +24,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import kernels
 import parallel
@@ -39,7 +38,7 @@ from kernels.logprob import logprob
 from model import GPT
 from parallel import print0
 from reward import extract_prediction, prefix_match
-from sample import generate
+from sample import generate, rollout_bar
 from train_ntp import check_range, micro_batches, shuffled
 
 TRUTH_TOKENS = 32                            # true tokens a prediction may cover; the paper does not say
@@ -279,11 +278,11 @@ if __name__ == "__main__":
             cursor += args.batch_size
             mine = parallel.share(args.batch_size)
             questions = [make_question(corpus, tokenizer, t, template, room) for t in chosen[mine]]
-            with tqdm(total=len(questions) * args.rollouts, desc=f"step {step + 1} rollouts", leave=False,
-                      disable=None if parallel.RANK == 0 else True) as bar:
+            with rollout_bar(len(questions) * args.rollouts, f"step {step + 1}",
+                             disable=None if parallel.RANK == 0 else True) as progress:
                 rollouts = generate(model, [q.prompt for q in questions], args.rollouts, args.max_new_tokens,
                                     args.temperature, stop_ids(tokenizer), (args.seed, step, draw),
-                                    mine.start, args.max_rows, args.kv_gb, bar.update, stats)
+                                    mine.start, args.max_rows, args.kv_gb, progress, stats)
             dt_gen, clock = dt_gen + time.perf_counter() - clock, time.perf_counter()
             groups = [score(tokenizer, question, r) for question, r in zip(questions, rollouts)]
             alive = parallel.gather_lists([not dynamic or len(set(g.rewards)) > 1 for g in groups])
@@ -308,7 +307,8 @@ if __name__ == "__main__":
         metrics = dict(step=step + 1) | rollout_metrics(seen) | metrics
         sampled = sum(group_tokens(g) for g in seen)                                     # prompts once
         trained = metrics["trained_tokens"]
-        metrics |= dict(lr=args.lr, occupancy=stats.get("occupancy"), gen_tok_s=metrics["tokens"] / dt_gen, train_tok_s=trained / dt_train,
+        metrics |= dict(lr=args.lr, occupancy=stats.get("occupancy"),
+                        gen_tok_s=metrics["tokens"] / dt_gen, train_tok_s=trained / dt_train,
                         mfu=6 * parameters * trained / dt_train / parallel.WORLD / peak if peak else 0.0,
                         flops=2 * parameters * sampled + 6 * parameters * trained,
                         dt_gen=dt_gen, dt_reward=dt_reward, dt_train=dt_train)

@@ -7,7 +7,7 @@ Three kinds (--kernels, or the environment variable NANORPT_KERNELS):
     torch      the references: plain PyTorch, on every device; what a CPU uses
     fast       Triton where it beats torch; cuBLAS multiplies the matrices
     bitwise    Triton throughout: a row's result does not depend on the rows beside it, so the sampler's
-               log-probs are the trainer's to the last bit (logp_gap 0.0); what a GPU uses unless told otherwise
+               log-probs are the trainer's to the last bit (logp_gap 0.0); the default on a GPU
 
 Nothing outside this folder imports Triton, and importing anything here needs neither Triton nor a GPU.
 """
@@ -27,8 +27,8 @@ except ImportError:  # macOS, Windows: the references are all there is, and kern
         jit = staticmethod(lambda kernel: kernel)
 
 KINDS = ("torch", "fast", "bitwise")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and hasattr(triton, "compile")  # on the CPU, for tests
-COMPILED_ONLY = False                                    # kernels/compile.py: wrappers run, kernels do not
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and hasattr(triton, "compile")  # slow, for tests
+COMPILED_ONLY = False                          # kernels/compile.py: wrappers run, kernels are compiled only
 asked = os.environ.get("NANORPT_KERNELS") or None
 if INTERPRETED:
     from kernels import interpreter
@@ -49,7 +49,7 @@ def chosen(device):
     use(asked)
     if kind != "torch" and device.type != "cuda" and not (INTERPRETED or COMPILED_ONLY):
         raise ValueError(f"--kernels (or NANORPT_KERNELS) {kind}: Triton kernels need a GPU, the device is "
-                         f"{device.type}; torch runs there (TRITON_INTERPRET=1 interprets kernels, for tests)")
+                         f"{device.type}; torch runs there (TRITON_INTERPRET=1 interprets them, for tests)")
     return kind
 
 

@@ -1,10 +1,10 @@
 """Compile every kernel for Hopper (sm_90) on a machine without a GPU, and report what it would use there.
 
-    python kernels/compile.py                # a table: registers, spills, shared memory, tensor-core instructions
+    python kernels/compile.py                # a table: registers, spills, shared memory, tensor cores
     python kernels/compile.py --json         # the same for scripts
 
-The ordinary wrappers run, forward and backward, on tensors without data (device "meta"); a launch compiles its
-kernel instead of running it. What stops a kernel from being fast is checked at the end, exit status 1 if found:
+The ordinary wrappers run, forward and backward, on tensors without data (device "meta"); a launch compiles
+its kernel instead of running it. What keeps a kernel from being fast ends the command with exit status 1:
 
     shared memory above 227 KiB           it would not start
     wgmma serialised (ptxas C7510, C7515) the tensor cores would wait for every product
@@ -54,8 +54,8 @@ def resources(kernel, signature, constants, aligned, options):
         sass = subprocess.run([f"{os.path.dirname(ptxas)}/nvdisasm", "-c", cubin],
                               capture_output=True, text=True, check=True).stdout
     number = lambda pattern: int(re.search(pattern, log)[1])
-    mma = re.findall(r"nvidia_mma<\{versionMajor = (\d).*?warpsPerCTA = \[\d+, (\d+)\].*?instrShape = \[([\d, ]+)\]",
-                     compiled.asm["ttgir"])
+    mma = re.findall(r"nvidia_mma<\{versionMajor = (\d).*?warpsPerCTA = \[\d+, (\d+)\].*?"
+                     r"instrShape = \[([\d, ]+)\]", compiled.asm["ttgir"])
     return dict(registers=number(r"Used (\d+) registers"), spill=number(r"(\d+) bytes spill stores"),
                 shared=compiled.metadata.shared, hgmma=len(re.findall(r"\bHGMMA\b", sass)),
                 hmma=len(re.findall(r"\bHMMA\b", sass)), serialised="serialized" in log,
@@ -64,7 +64,7 @@ def resources(kernel, signature, constants, aligned, options):
 
 @contextmanager
 def compile_launches(report):
-    """Within: a launch compiles its kernel and appends {kernel, constants, options, resources} to `report`."""
+    """Within: a launch compiles its kernel and appends its name, constants, options, resources to `report`."""
     from triton.runtime.jit import JITFunction
     seen = set()
 
@@ -73,7 +73,7 @@ def compile_launches(report):
         bound = self.signature.bind(*args, **{n: value for n, value in named.items() if n in self.arg_names})
         bound.apply_defaults()
         signature, constants, aligned = {}, {}, []
-        for parameter in self.params:                        # what the launcher would infer from the arguments
+        for parameter in self.params:                    # what the launcher would infer from the arguments
             name, value = parameter.name, bound.arguments[parameter.name]
             if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
                 constants[name] = value
@@ -158,7 +158,7 @@ if __name__ == "__main__":
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     args = parser.parse_args()
     if kernels.INTERPRETED or not hasattr(kernels.triton, "compile"):
-        raise ValueError("nothing to compile: Triton is not installed, or TRITON_INTERPRET=1 turns it into Python")
+        raise ValueError("nothing to compile: Triton is not installed, or TRITON_INTERPRET=1 is set")
     report = []
     with compile_launches(report):
         for kind in ("fast", "bitwise"):

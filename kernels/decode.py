@@ -12,13 +12,13 @@
                    [ row 2, heads 0-5 ]  x  [ own tokens ....... ]   ->  goes on with that state, divides: out
 
 A decode step does nothing but read the cache, so its time is bytes / bandwidth. 8 rollouts of a 1,024-token
-prompt that are 1,024 tokens long themselves, Qwen2.5-1.5B (28,672 bytes a token): 470 MB a step with a copy of
-the prompt for each, 264 MB with one.
+prompt that are 1,024 tokens long themselves, Qwen2.5-1.5B (28,672 bytes a token): 470 MB a step with a copy
+of the prompt for each, 264 MB with one.
 
-The state is passed on, not merged: a merge of two finished halves would round where the trainer, who walks over
-prompt and rollout in one go, does not. Both run `attend_keys` over the same key tiles in the same order, and
-arrive at the same bits. (Splitting long rows over several programs would end that; it would pay below about 64
-rows, where there are too few programs to draw the full bandwidth.)
+The state is passed on, not merged: a merge of two finished halves would round where the trainer, who walks
+over prompt and rollout in one go, does not. Both run `attend_keys` over the same key tiles in the same order,
+and arrive at the same bits. (Splitting long rows over several programs would end that; it would pay below
+about 64 rows, where there are too few programs to draw the full bandwidth.)
 """
 import torch
 
@@ -26,10 +26,12 @@ import kernels
 from kernels import tl, triton
 from kernels.attention import attend_keys, blocks, scale2
 
-PREFIX_TILE = 64                   # rows x query heads of a prefix program: one wgmma tile
-SUFFIX_TILE = dict(fast=16, bitwise=64)  # query heads of a row, padded: 16 is the least that a tensor core takes,
-                                   # 64 are the trainer's instruction (whether 16 give its bits is not known yet)
+PREFIX_TILE = 64                         # rows x query heads of a prefix program: one wgmma tile
+SUFFIX_TILE = dict(fast=16, bitwise=64)  # query heads of a row, padded: a tensor core takes 16 at least; 64 are
+                                         # the trainer's instruction (if 16 give its bits is not known yet)
 
+
+# ---- who continues what, and the reference ----
 
 class Rows:
     """Which prompt each of B rows continues, and how many tokens of its own it has cached.
@@ -60,7 +62,7 @@ class Rows:
         first = torch.nonzero((rank % rows_per_item == 0) & (slot >= 0)).squeeze(1)
         items = torch.stack([first, first.diff(append=torch.tensor([len(slot)])), slot[first]], dim=1)
         S, M = len(self.prompt_lens), int(rank[slot >= 0].max()) + 1
-        cell = torch.where(slot >= 0, slot * M + rank, S * M)                            # idle: behind the grid
+        cell = torch.where(slot >= 0, slot * M + rank, S * M)                        # idle: behind the grid
         self.grid = (S, M)
         self.cell[order.to(self.cell.device)] = cell.to(self.cell.device)
         self.prompt.copy_(prompt.clamp(min=0))
@@ -91,7 +93,7 @@ def decode_reference(q, prompt_k, prompt_v, row_k, row_v, rows):
     (B, H, K), Hkv, (P, R) = q.shape, row_k.shape[1], rows.longest
     q = q.view(B, Hkv, H // Hkv, K) * K ** -0.5
     scores = torch.cat([rows.times_prompts(q, prompt_k[:, :, :P].transpose(2, 3)),
-                        q @ row_k[:, :, :R].transpose(2, 3)], dim=-1)                    # (B, Hkv, rep, P + R)
+                        q @ row_k[:, :, :R].transpose(2, 3)], dim=-1)                # (B, Hkv, rep, P + R)
     place = torch.arange(max(P, R), device=q.device)
     unseen = torch.cat([place[:P] >= rows.prompt_lens[rows.prompt, None],
                         place[:R] >= rows.lengths[:, None]], dim=1)                      # (B, P + R)
@@ -103,12 +105,13 @@ def decode_reference(q, prompt_k, prompt_v, row_k, row_v, rows):
 # ---- kernels ----
 
 @triton.jit
-def prefix_kernel(q_ptr, k_ptr, v_ptr, m_ptr, l_ptr, acc_ptr, order, items, prompt_lens, slot_stride, head_stride,
-                  scale2, H: tl.constexpr, Hkv: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                  PRECISION: tl.constexpr):
+def prefix_kernel(q_ptr, k_ptr, v_ptr, m_ptr, l_ptr, acc_ptr, order, items, prompt_lens, slot_stride,
+                  head_stride, scale2, H: tl.constexpr, Hkv: tl.constexpr, K: tl.constexpr,
+                  BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
     """Rows of one prompt, all query heads of one KV head: let them see the prompt, store their state."""
     item, kv_head = tl.program_id(0), tl.program_id(1)
-    first, count, slot = tl.load(items + item * 3), tl.load(items + item * 3 + 1), tl.load(items + item * 3 + 2)
+    items += item * 3
+    first, count, slot = tl.load(items), tl.load(items + 1), tl.load(items + 2)
     if count > 0:
         GROUP: tl.constexpr = H // Hkv
         place = tl.arange(0, BM)
@@ -133,10 +136,10 @@ def prefix_kernel(q_ptr, k_ptr, v_ptr, m_ptr, l_ptr, acc_ptr, order, items, prom
 
 
 @triton.jit
-def suffix_kernel(q_ptr, k_ptr, v_ptr, m_ptr, l_ptr, acc_ptr, out_ptr, lengths, row_stride, head_stride, scale2,
-                  H: tl.constexpr, Hkv: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                  PRECISION: tl.constexpr):
-    """One row, all query heads of one KV head: go on over its own tokens; an idle row (length 0) gets zeros."""
+def suffix_kernel(q_ptr, k_ptr, v_ptr, m_ptr, l_ptr, acc_ptr, out_ptr, lengths, row_stride, head_stride,
+                  scale2, H: tl.constexpr, Hkv: tl.constexpr, K: tl.constexpr,
+                  BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+    """One row, all query heads of a KV head: go on over its own tokens; an idle row (length 0) gets zeros."""
     row, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     GROUP: tl.constexpr = H // Hkv
     place = tl.arange(0, BM)

@@ -75,5 +75,6 @@ def repair():
     def create_atomic_rmw(self, *_):
         raise AssertionError("an atomic: its order, and so the last bit, changes from run to run")
 
-    for method in (binary_op, unary_op, create_fma, cast_impl, create_fp_to_fp, create_dot, create_atomic_rmw):
+    for method in (binary_op, unary_op, create_fma, cast_impl, create_fp_to_fp, create_dot,
+                   create_atomic_rmw):
         setattr(Builder, method.__name__, method)

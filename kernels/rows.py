@@ -24,8 +24,8 @@ import kernels
 from kernels import tl, triton
 
 BN, BK = 128, 64                           # columns of a tile, and the step along D
-TILE = {64: (4, 4), 128: (8, 3)}           # rows of a tile: warps, stages. A warpgroup of 4 warps multiplies 64
-                                           # rows at a time either way, so both give a row the same bits
+TILE = {64: (4, 4), 128: (8, 3)}           # rows of a tile: warps, stages. A warpgroup of 4 warps multiplies
+                                           # 64 rows at a time either way, so both give a row the same bits
 ACROSS = 8                                 # row tiles that share a column tile while it is in L2
 
 
@@ -173,8 +173,8 @@ def rms_norm(x, weight, eps):
     """x (..., D), weight (D,) -> x / sqrt(mean(x^2) + eps) * weight."""
     if kernels.chosen(x.device) != "bitwise":
         return rms_norm_reference(x, weight, eps)
-    return ForwardByKernel.apply(lambda x, w: norm_rows(x, w, eps), lambda x, w: rms_norm_reference(x, w, eps),
-                                 x, weight)
+    return ForwardByKernel.apply(
+        lambda x, w: norm_rows(x, w, eps), lambda x, w: rms_norm_reference(x, w, eps), x, weight)
 
 
 def swiglu(gate, up):

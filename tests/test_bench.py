@@ -207,16 +207,18 @@ def test_without_a_gpu_the_command_says_what_can_be_known():
 
 
 def test_the_sampler_is_timed_on_equal_work(capsys, no_gpu):
-    from bench import EMBEDDED, against_products, against_transformers, against_waiting
+    from bench import EMBEDDED, against_bandwidth, against_products, against_transformers, against_waiting
     tiny = dataclasses.replace(EMBEDDED, width=32, n_layers=1, n_heads=2, head_dim=16, ffn_width=32)
     against_transformers(1, tiny, lengths=(5, 3), new=4)
     against_waiting(1, tiny, rows=8, count=16, mean=6, cap=30)
     against_products(1, tiny, rows=8, new=4)
+    one_token = dataclasses.replace(tiny, vocab_size=8, head_dim=16)
+    against_bandwidth(1, {"tiny": one_token}, batches=(8,), contexts=(3,), new=(1, 3), device="cpu")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[1].strip() for line in lines if line.startswith("| 1")] == ["prompts of 5", "prompts of 3"]
-    assert all(float(line.split(" | ")[-1].strip(" |")) > 0 for line in lines if line.startswith("| "))
-    [lengths] = re.findall(r"8 rows, 128 rollouts of (\d+) tokens, (\d+) at most", " ".join(lines))
-    assert 4 <= int(lengths[0]) <= 8 and 15 < int(lengths[1]) <= 30  # geometric, mean 6
+    assert all(float(line.split(" | ")[-1].strip(" |")) >= 0 for line in lines if line.startswith("| "))
+    [lengths, same] = re.findall(r"8 rows, 128 rollouts of (\d+) tokens, (\d+) at most", " ".join(lines))
+    assert lengths == same and 4 <= int(lengths[0]) <= 8 and 15 < int(lengths[1]) <= 30  # geometric, mean 6
 
 
 def test_rows_that_do_not_exist_are_named_and_help_tells_units():
@@ -225,7 +227,8 @@ def test_rows_that_do_not_exist_are_named_and_help_tells_units():
     code, out, _ = run_here("bench.py", "--help")
     words = " ".join(out.split())
     assert code == 0 and "after this many minutes (default: 8)" in words
-    assert "--rows 9: expected numbers from 1 to 3" in run_here("bench.py", "sample", "--rows", "9")[2]
+    assert "--rows 4 is timed on a GPU" in run_here("bench.py", "sample", "--rows", "4")[2]
+    assert "--rows 9: expected numbers from 1 to 4" in run_here("bench.py", "sample", "--rows", "9")[2]
     assert "times (ms), errors and peaks (MB)" in words
 
 

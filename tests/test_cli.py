@@ -158,6 +158,13 @@ def test_kernels_that_do_not_exist_or_cannot_run_here_are_refused(fails, use_ker
     fails("NANORPT_KERNELS) bitwise: Triton kernels need a GPU", "train_rpt.py")
 
 
+def test_training_refuses_to_truncate_the_distribution(base, corpus):
+    required = ["--init", base, "--corpus", corpus.folder, "--out-dir", "nowhere"]
+    for flag in ("--top-k=3", "--top-p=0.9", "--min-p=0.1"):
+        code, _, err = run_here("train_rpt.py", *required, flag)
+        assert code == 2 and f"unrecognized arguments: {flag}" in err
+
+
 @pytest.mark.parametrize("script", PROMPTING)
 def test_an_unknown_template_is_named(fails, script):
     fails("unknown template 'v9'; there are v0,", script, "--template", "v9")

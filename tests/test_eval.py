@@ -101,7 +101,8 @@ def test_the_seed_chooses_the_positions_and_the_rows_do_not_choose_the_thoughts(
 
     def thoughts(max_rows):
         args = SimpleNamespace(template="short", max_prompt_tokens=100, max_new_tokens=10, samples=3,
-                               temperature=1.0, seed=0, max_rows=max_rows)
+                               temperature=1.0, seed=0, max_rows=max_rows, kv_gb=None,
+                               top_k=0, top_p=1.0, min_p=0.0)
         groups = reasoning_groups(model, tokenizer, corpus, positions, args)
         return [[r.tokens for r in group.rollouts] for group in groups]
 

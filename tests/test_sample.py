@@ -222,9 +222,10 @@ def test_every_token_is_reported_as_it_comes(tiny_gpt):
 
 
 def test_progress_adds_up_to_all_rollouts(tiny_gpt):
-    done = []
-    run(tiny_gpt, n=2, max_rows=5, progress=done.append, stop_ids=STOPS)
-    assert sum(done) == 12 and len(done) > 3 and 0 not in done
+    calls = []
+    rollouts = run(tiny_gpt, n=2, max_rows=5, progress=lambda *counts: calls.append(counts), stop_ids=STOPS)
+    done, drawn = map(sum, zip(*calls))
+    assert done == 12 and drawn == sum(len(tokens) for group in tokens_of(rollouts) for tokens in group)
 
 
 # ---- randomness ----
