@@ -224,7 +224,7 @@ def parse_args():
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     add("--kernels", default=kernels.asked,
         help="torch, fast or bitwise (kernels/__init__.py); default: NANORPT_KERNELS if set, else bitwise on a "
-             "GPU, where logp_gap is then 0, and torch on a CPU")
+             "GPU, which is to make logp_gap 0, and torch on a CPU")
     args = parser.parse_args()
     kernels.use(args.kernels)
     args.kernels = kernels.chosen(torch.device(args.device))

@@ -105,6 +105,19 @@ def decode_reference(q, prompt_k, prompt_v, row_k, row_v, rows):
 # ---- kernels ----
 
 @triton.jit
+def attend_all(acc, l, m, q, k_ptr, v_ptr, length, scale2,
+               BM: tl.constexpr, BN: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
+    """The queries q (BM, K) see all of `length` keys: whole tiles, then a masked tail, as in the trainer."""
+    everything = tl.full((BM,), 2**31 - 1, tl.int32)
+    whole = length // BN * BN
+    acc, l, m = attend_keys(acc, l, m, q, k_ptr, v_ptr, K, 0, whole, everything, scale2,
+                            False, BN, K, PRECISION)
+    acc, l, m = attend_keys(acc, l, m, q, k_ptr, v_ptr, K, whole, length, everything, scale2,
+                            True, BN, K, PRECISION)
+    return acc, l, m
+
+
+@triton.jit
 def prefix_kernel(q_ptr, k_ptr, v_ptr, m_ptr, l_ptr, acc_ptr, order, items, prompt_lens, slot_stride,
                   head_stride, scale2, H: tl.constexpr, Hkv: tl.constexpr, K: tl.constexpr,
                   BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
@@ -124,12 +137,7 @@ def prefix_kernel(q_ptr, k_ptr, v_ptr, m_ptr, l_ptr, acc_ptr, order, items, prom
         length = tl.load(prompt_lens + slot).to(tl.int32)
         acc, l = tl.zeros((BM, K), tl.float32), tl.zeros((BM,), tl.float32)
         m = tl.full((BM,), -1e30, tl.float32)
-        see_all = tl.full((BM,), 2**31 - 1, tl.int32)
-        whole = length // BN * BN
-        acc, l, m = attend_keys(acc, l, m, q, k_ptr + base, v_ptr + base, K, 0, whole, see_all, scale2,
-                                False, BN, K, PRECISION)
-        acc, l, m = attend_keys(acc, l, m, q, k_ptr + base, v_ptr + base, K, whole, length, see_all, scale2,
-                                True, BN, K, PRECISION)
+        acc, l, m = attend_all(acc, l, m, q, k_ptr + base, v_ptr + base, length, scale2, BM, BN, K, PRECISION)
         tl.store(m_ptr + state, m, mask=real)
         tl.store(l_ptr + state, l, mask=real)
         tl.store(acc_ptr + at, acc, mask=real[:, None])
@@ -153,12 +161,7 @@ def suffix_kernel(q_ptr, k_ptr, v_ptr, m_ptr, l_ptr, acc_ptr, out_ptr, lengths, 
     l = tl.load(l_ptr + state, mask=busy, other=1.0)
     acc = tl.load(acc_ptr + at, mask=busy[:, None], other=0.0)
     base = row * row_stride + kv_head * head_stride
-    see_all = tl.full((BM,), 2**31 - 1, tl.int32)
-    whole = length // BN * BN
-    acc, l, m = attend_keys(acc, l, m, q, k_ptr + base, v_ptr + base, K, 0, whole, see_all, scale2,
-                            False, BN, K, PRECISION)
-    acc, l, m = attend_keys(acc, l, m, q, k_ptr + base, v_ptr + base, K, whole, length, see_all, scale2,
-                            True, BN, K, PRECISION)
+    acc, l, m = attend_all(acc, l, m, q, k_ptr + base, v_ptr + base, length, scale2, BM, BN, K, PRECISION)
     tl.store(out_ptr + at, (acc / l[:, None]).to(out_ptr.dtype.element_ty), mask=real[:, None])
 
 
