@@ -3,47 +3,79 @@
     RUN/args.json        what was asked for
     RUN/metrics.jsonl    one line for each step          RUN/samples.jsonl   some rollouts, word for word
     RUN/step_000090/     config.json, model.safetensors, tokenizer.json: loads alone, here and in transformers
-                         trainer.pt: optimizer, step and data cursor; kept for the newest checkpoint only
+        trainer.json     step and data cursor
+        optimizer/       the moments, a file for each rank; kept for the newest checkpoint only
     RUN/latest           name of the newest checkpoint
 
 A checkpoint is written under another name and renamed, and `latest` moves last: a run that is killed at any
-moment resumes from the last complete one. No random state is saved because none exists: data order and
-sampling are functions of (seed, step).
+moment resumes from the last complete one, on as many ranks as it likes. No random state is saved because none
+exists: data order and sampling are functions of (seed, step).
 """
 import glob
 import json
 import os
 import shutil
 import signal
-import sys
-from contextlib import suppress
+import warnings
 
-import torch
+import parallel
 
 
 def save_checkpoint(run, step, model, tokenizer, optimizer, **state):
-    """Write RUN/step_{step}, then point `latest` at it. On a full disk: OSError, the old one stays."""
+    """Write RUN/step_{step}, then point `latest` at it. Every rank calls this. OSError when a file cannot be
+    written, on a full disk for example; the checkpoint before stays."""
     folder = f"{run}/step_{step:06d}"
     partial = folder + ".partial"
-    for leftover in glob.glob(f"{run}/step_*.partial"):  # of a run that was killed while saving
-        shutil.rmtree(leftover)
-    try:
-        model.save_pretrained(partial)
+
+    def clean():
+        for leftover in glob.glob(f"{run}/step_*.partial"):  # of a run that was killed while saving
+            shutil.rmtree(leftover)
+
+    def describe():
         tokenizer.save(partial)
-        try:
-            torch.save(dict(step=step, optimizer=optimizer.state_dict(), **state), f"{partial}/trainer.pt")
-        except RuntimeError as error:  # torch's way to say that a write failed
-            raise OSError(f"{partial}/trainer.pt: cannot write ({str(error).splitlines()[0]})") from None
+        write(f"{partial}/trainer.json", json.dumps(dict(step=step, **state)))
+
+    def publish():
+        shutil.rmtree(folder, ignore_errors=True)   # a resumed run that comes by again
+        os.rename(partial, folder)
+        write(f"{run}/latest", os.path.basename(folder))
+        for old in glob.glob(f"{run}/step_*/optimizer"):
+            if os.path.dirname(old) != folder:
+                shutil.rmtree(old)
+
+    parallel.on_rank_0(clean)
+    try:
+        parallel.together(lambda: model.save_pretrained(partial))
+        parallel.on_rank_0(describe)
+        parallel.together(lambda: save_moments(f"{partial}/optimizer", model, optimizer))
+        parallel.on_rank_0(publish)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{error}; is the disk full? The checkpoint before this one is intact") from None
-    shutil.rmtree(folder, ignore_errors=True)   # a resumed run that comes by again
-    os.rename(partial, folder)
-    write(f"{run}/latest", os.path.basename(folder))
-    for name in os.listdir(run):
-        if name.startswith("step_") and name != os.path.basename(folder):
-            with suppress(FileNotFoundError):
-                os.remove(f"{run}/{name}/trainer.pt")
+
+
+def moments(model, optimizer):
+    """The optimizer's tensors by the names of their weights, whatever the number of ranks: {name: tensor}."""
+    return {f"{name}.{key}": tensor for name, weight in model.named_parameters()
+            for key, tensor in optimizer.state[weight].items()}
+
+
+def save_moments(folder, model, optimizer):
+    """Each rank writes its rows; OSError on all ranks when one cannot."""
+    from torch.distributed import checkpoint  # a second to import
+    with warnings.catch_warnings(action="ignore"):  # that this is a single process
+        try:
+            checkpoint.save(moments(model, optimizer), checkpoint_id=folder, no_dist=parallel.WORLD == 1)
+        except checkpoint.CheckpointException as error:
+            raise OSError(f"{folder}: cannot write ({first_cause(error)})") from error
+
+
+def first_cause(error):
+    """The first rank's reason among those that a CheckpointException carries, in one line."""
+    rank, (cause, _) = next(iter(error.failures.items()))
+    if isinstance(cause, (AttributeError, TypeError, NameError)):  # a bug, not a file
+        raise cause
+    return f"rank {rank}: {(str(cause) or repr(cause)).splitlines()[0]}"
 
 
 def latest_checkpoint(run):
@@ -54,12 +86,20 @@ def latest_checkpoint(run):
         return f"{run}/{file.read().strip()}"
 
 
-def load_trainer(folder, optimizer):
-    """Restore the optimizer's moments in place -> the rest of the trainer's state, `step` among it."""
-    state = torch.load(f"{folder}/trainer.pt", map_location="cpu", weights_only=True)
-    settings = optimizer.state_dict()["param_groups"]  # of this command line: a changed --lr counts
-    optimizer.load_state_dict(state.pop("optimizer") | dict(param_groups=settings))
-    return state
+def load_trainer(folder, model, optimizer):
+    """Restore the optimizer's moments in place -> the rest of the trainer's state, `step` among it.
+
+    Settings such as the learning rate are those of this command line. ValueError for damaged files.
+    """
+    from torch.distributed import checkpoint
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            checkpoint.load(moments(model, optimizer), checkpoint_id=f"{folder}/optimizer",
+                            no_dist=parallel.WORLD == 1)
+        except checkpoint.CheckpointException as error:
+            raise ValueError(f"{folder}/optimizer: damaged or incomplete ({first_cause(error)})") from error
+    with open(f"{folder}/trainer.json") as file:
+        return json.load(file)
 
 
 def checkpoint_to_resume(args):
@@ -86,10 +126,19 @@ def open_run(args, checkpoint):
 
 
 def catch_interrupts():
-    """-> a list that Ctrl-C or SIGTERM fills: the loop then ends its step and saves. A second one kills."""
+    """-> a list that Ctrl-C or SIGTERM fills: the loop then ends its step, saves and exits with 0.
+
+    A second Ctrl-C ends at once. A second SIGTERM does not: torchrun sends one behind every Ctrl-C.
+    """
     caught = []
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda number, frame: sys.exit(130) if caught else caught.append(number))
+
+    def handle(number, frame):
+        if number == signal.SIGINT and signal.SIGINT in caught:
+            os._exit(130)
+        caught.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
     return caught
 
 

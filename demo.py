@@ -69,11 +69,28 @@ def run_stages(stages, names):
             print("    done before")
             continue
         start = time.perf_counter()
-        code = subprocess.run([sys.executable, *shlex.split(command)]).returncode
-        if code:
-            sys.exit(code)
+        process = subprocess.Popen([sys.executable, *shlex.split(command)])
+        stopped = pass_on_signals(process)
+        code = process.wait()
+        if code or stopped:
+            print("the same command continues here" if stopped else f"stage {number} failed", flush=True)
+            sys.exit(code or 130)
         open(result, "a").close()  # for the stages that leave no file of that name
         print(f"    {time.perf_counter() - start:.0f} s")
+
+
+def pass_on_signals(process):
+    """-> a list that Ctrl-C or SIGTERM fills: the command saves and ends with 0, and no other shall follow."""
+    stopped = []
+
+    def handle(number, frame):
+        stopped.append(number)
+        if number == signal.SIGTERM:  # Ctrl-C has reached the command already
+            process.terminate()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return stopped
 
 
 def show_a_thought(path, base, rpt):
@@ -93,7 +110,6 @@ def show_a_thought(path, base, rpt):
 def run(out_dir="runs/demo", seed=0, control=False):
     """Everything, into out_dir (relative to this repository) -> exit code."""
     os.chdir(os.path.dirname(os.path.abspath(__file__)))
-    signal.signal(signal.SIGINT, lambda number, frame: None)  # Ctrl-C reaches the command, which saves and ends
     start = time.perf_counter()
     base, rpt = f"{out_dir}/base/step_{BASE_STEPS:06d}", f"{out_dir}/rpt/step_{RPT_STEPS:06d}"
     names = lambda: dict(run=out_dir, seed=seed, base=base, base_steps=BASE_STEPS, rpt=rpt, rpt_steps=RPT_STEPS,

@@ -20,9 +20,14 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 
+import parallel
 from kernels.attention import attention, make_layout
+from kernels.logprob import logprob
 from kernels.rows import linear, rms_norm, swiglu
+
+FILE_BYTES = 5 * 10**9  # save_pretrained begins a new file before this; one file is in memory at a time
 
 
 @dataclass
@@ -124,6 +129,7 @@ class GPT(nn.Module):
     def __init__(self, config, compute_dtype=torch.float32):
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype   # bf16 on a GPU: matmuls only, see Linear
+        self.checkpoint_activations = False   # True: the backward computes each block again from its input
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
@@ -146,18 +152,17 @@ class GPT(nn.Module):
         return self.embed_tokens.weight.device
 
     def cast(self):
-        """A copy with weights stored in compute_dtype, where each use would cast them; itself if they are."""
-        if self.embed_tokens.weight.dtype == self.compute_dtype:
+        """A copy on this rank alone, its whole weights in compute_dtype, as each use would cast them; itself if
+        it is that. All ranks call this."""
+        if not parallel.is_sharded(self) and self.embed_tokens.weight.dtype == self.compute_dtype:
             return self
         with torch.device("meta"):
             model = GPT(self.config, self.compute_dtype)
         for name, weight in self.named_parameters():
-            model.set_weight(name, weight.detach().to(self.compute_dtype))
+            module, leaf = name.rsplit(".", 1)
+            weight = parallel.whole(weight.detach().to(self.compute_dtype))
+            setattr(model.get_submodule(module), leaf, nn.Parameter(weight, requires_grad=False))
         return model
-
-    def set_weight(self, name, tensor):
-        module, leaf = name.rsplit(".", 1)
-        setattr(self.get_submodule(module), leaf, nn.Parameter(tensor))
 
     def hidden(self, tokens, positions, attend):
         """tokens (T,), positions (T,) -> hidden states (T, D) after the last norm.
@@ -168,13 +173,22 @@ class GPT(nn.Module):
         config = self.config
         cos, sin = rope_table(config.max_positions, config.head_dim, config.rope_theta, x.device)
         rope = cos[positions], sin[positions]                                            # (T, 1, K / 2)
+        again = self.checkpoint_activations and torch.is_grad_enabled()
         for i, block in enumerate(self.layers):
-            x = block(x, rope, partial(attend, i))
+            if again:
+                x = checkpoint(block, x, rope, partial(attend, i), use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, rope, partial(attend, i))
         return self.norm(x)
 
     def packed_hidden(self, tokens, layout):
         """tokens (T,) of groups [prompt][rollout 1]...[rollout G] -> hidden states (T, D)."""
         return self.hidden(tokens, layout.positions, lambda i, q, k, v: attention(q, k, v, layout))
+
+    def logprobs(self, tokens, layout, temperature=1.0):
+        """tokens (T,) of groups -> log-probs and entropy of their S response tokens, (S,) each, fp32."""
+        hidden = self.packed_hidden(tokens, layout)[layout.predict_rows]                 # (S, D)
+        return logprob(hidden, self.head, tokens[layout.response_rows], temperature)
 
     def forward(self, tokens):
         """tokens (B, T) -> logits (B, T, V), fp32."""
@@ -185,45 +199,70 @@ class GPT(nn.Module):
         return linear(hidden, self.head).float().view(B, T, -1)
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu", compute_dtype=None, shard=None):
         """Load a Hugging Face folder of the Llama, Qwen2 or Qwen3 family, its weights stored as `dtype`.
 
+        compute_dtype: of matrix products and activations; default: dtype. shard: called with the model before
+        it has memory (parallel.shard); each rank then reads no more than its rows.
         ValueError names the file and the field or tensor that is missing, damaged or not implemented here.
         """
         config = read_config(folder)
         with torch.device("meta"):
-            model = cls(config, compute_dtype=dtype)
+            model = cls(config, compute_dtype or dtype).to(dtype)
+        if shard:
+            shard(model)
+        model.to_empty(device=device)
         missing, head = dict(model.named_parameters()), None
         for path in weight_files(folder):
-            for name, tensor in read_tensors(path, device):
+            for name, tensor in read_tensors(path):
                 if name.endswith("rotary_emb.inv_freq"):  # old folders store what follows from config.json
                     continue
                 if name == "lm_head.weight" and config.tied_head:
-                    head = tensor.to(dtype)
+                    head = path, tensor
                     continue
                 if name not in missing:
                     raise ValueError(f"{path}: tensor {name} has no place in this model, or comes twice")
-                shape, expected = tuple(tensor.shape), tuple(missing.pop(name).shape)
-                if shape != expected:
-                    raise ValueError(f"{path}: {name} has shape {shape}, config.json asks for {expected}")
-                model.set_weight(name, tensor.to(dtype))
+                weight = missing.pop(name)
+                check_shape(path, name, tensor, weight)
+                with torch.no_grad():
+                    parallel.local(weight).copy_(tensor[parallel.rows(weight)])
         if missing:
             raise ValueError(f"{folder}: tensor {next(iter(missing))} is in no safetensors file")
-        if head is not None and not torch.equal(head, model.head):
-            raise ValueError(f"{folder}: lm_head.weight differs from the embedding, yet config.json ties it")
+        if head is not None:
+            check_shape(head[0], "lm_head.weight", head[1], model.head)
+            if not torch.equal(head[1][parallel.rows(model.head)].to(model.head), parallel.local(model.head)):
+                raise ValueError(f"{folder}: lm_head.weight differs from the embedding, yet config.json ties it")
         return model
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors with Hugging Face names; tied heads are stored once."""
-        os.makedirs(folder, exist_ok=True)
-        with open(f"{folder}/config.json", "w") as file:
-            json.dump(huggingface_config(self.config, self.embed_tokens.weight.dtype), file, indent=2)
-        weights = {name if name == "lm_head.weight" else f"model.{name}": weight.detach().contiguous()
-                   for name, weight in self.named_parameters()}
-        try:
-            save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk arrives here
-            raise OSError(f"{folder}/model.safetensors: cannot write ({error})") from None
+        """Write config.json and the weights with Hugging Face names; tied heads are stored once.
+
+        All ranks call this, rank 0 writes: model.safetensors, or numbered files of 5 GB and their index.
+        OSError, after all ranks have done their part, when a file cannot be written.
+        """
+        files = split_files({name if name == "lm_head.weight" else f"model.{name}": weight.detach()
+                             for name, weight in self.named_parameters()})
+        error = None
+        if parallel.RANK == 0:
+            os.makedirs(folder, exist_ok=True)
+            with open(f"{folder}/config.json", "w") as file:
+                json.dump(huggingface_config(self.config, self.embed_tokens.weight.dtype), file, indent=2)
+            if len(files) > 1:
+                with open(f"{folder}/model.safetensors.index.json", "w") as file:
+                    json.dump(index_of(files), file, indent=2)
+        for path, weights in files.items():
+            tensors = {}
+            for name, weight in weights.items():
+                weight = parallel.whole(weight)
+                if parallel.RANK == 0 and not error:
+                    tensors[name] = weight.cpu().contiguous()
+            try:
+                if tensors:
+                    save_file(tensors, f"{folder}/{path}", metadata={"format": "pt"})
+            except SafetensorError as reason:  # a full disk arrives here; the other ranks still count on us
+                error = OSError(f"{folder}/{path}: cannot write ({reason})")
+        if error:
+            raise error
 
 
 # ---- Hugging Face folders ---------------------------------------------------------------------------------
@@ -309,14 +348,42 @@ def huggingface_config(config, dtype):
                          attention_bias=False, torch_dtype=str(dtype).removeprefix("torch."))
 
 
-def read_tensors(path, device):
-    """The tensors of one safetensors file, one at a time: (our parameter name, tensor)."""
+def read_tensors(path):
+    """The tensors of one safetensors file: (our parameter name, tensor that is read where it is sliced)."""
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             for key in file.keys():
-                yield key.removeprefix("model."), file.get_tensor(key)
+                yield key.removeprefix("model."), file.get_slice(key)
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged or incomplete ({error}); copy or download it again") from None
+
+
+def check_shape(path, name, tensor, weight):
+    shape, expected = tuple(tensor.get_shape()), tuple(weight.shape)
+    if shape != expected:
+        raise ValueError(f"{path}: {name} has shape {shape}, config.json asks for {expected}")
+
+
+def split_files(weights):
+    """{name: weight} -> {file name: {name: weight}}, as few files as FILE_BYTES allows in this order."""
+    parts, total = [{}], 0
+    for name, weight in weights.items():
+        size = weight.numel() * weight.itemsize
+        if parts[-1] and total + size > FILE_BYTES:
+            parts.append({})
+            total = 0
+        parts[-1][name] = weight
+        total += size
+    if len(parts) == 1:
+        return {"model.safetensors": parts[0]}
+    return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
+
+
+def index_of(files):
+    """The contents of model.safetensors.index.json."""
+    size = sum(weight.numel() * weight.itemsize for part in files.values() for weight in part.values())
+    return dict(metadata=dict(total_size=size),
+                weight_map={name: path for path, part in files.items() for name in part})
 
 
 def weight_files(folder):

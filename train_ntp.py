@@ -16,6 +16,7 @@ import json
 import math
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,8 +28,8 @@ from data import speak_once
 from data.prepare import load_corpus
 from data.tokenizer import Tokenizer
 from kernels.attention import make_layout
-from kernels.logprob import logprob
 from model import GPT, GPTConfig
+from optimizer import make_optimizer
 from parallel import print0
 
 # The small model of the demo: enough to think one step at a time, too shallow to think five at once.
@@ -96,9 +97,15 @@ def weighted_loss(model, sequences):
     layout = make_layout([(len(prompt), [len(response)]) for prompt, response, _ in sequences], device)
     tokens = torch.tensor([t for prompt, response, _ in sequences for t in prompt + response], device=device)
     weights = torch.tensor([w for _, _, weights in sequences for w in weights], device=device)
-    hidden = model.packed_hidden(tokens, layout)[layout.predict_rows]                    # (S, D)
-    logprobs, _ = logprob(hidden, model.head, tokens[layout.response_rows])              # (S,)
+    logprobs, _ = model.logprobs(tokens, layout)                                         # (S,)
     return -(weights * logprobs).sum()
+
+
+def join_idly(model):
+    """A forward and a backward without effect: other ranks still have work, and FSDP needs everyone."""
+    logprobs, _ = model.logprobs(torch.zeros(2, dtype=torch.long, device=model.device),
+                                 make_layout([(1, [1])], model.device))
+    (0 * logprobs.sum()).backward()
 
 
 def ntp_step(model, optimizer, sequences, tokens_per_micro_batch, grad_clip):
@@ -107,16 +114,24 @@ def ntp_step(model, optimizer, sequences, tokens_per_micro_batch, grad_clip):
     loss = torch.zeros((), device=model.device)
     optimizer.zero_grad()
     size = lambda sequence: len(sequence[0]) + len(sequence[1])
-    for batch in micro_batches(sequences[parallel.share(len(sequences))], tokens_per_micro_batch, size):
+    mine = sequences[parallel.share(len(sequences))]
+    for batch in parallel.padded(list(micro_batches(mine, tokens_per_micro_batch, size))):
+        if batch is None:
+            join_idly(model)
+            continue
         part = weighted_loss(model, batch) / total
         part.backward()
         loss += part.detach()
-    parallel.sum_gradients(model)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
+    grad_norm = clip_gradients(model, grad_clip)
     if not math.isfinite(grad_norm):
         raise ValueError(f"gradient norm is {grad_norm}: the update was not applied; lower --lr")
     optimizer.step()
     return parallel.sum_over_ranks(loss).item(), grad_norm
+
+
+def clip_gradients(model, largest):
+    """Scale the gradients so that their norm, over all ranks, is at most this -> the norm before."""
+    return parallel.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), largest)).item()
 
 
 def learning_rate(step, args):
@@ -157,6 +172,13 @@ def parse_args():
     add("--warmup-steps", type=int, default=50, help="updates")
     add("--grad-clip", type=float, default=1.0, help="largest gradient norm")
     add("--tokens-per-micro-batch", type=int, default=16384, help="bounds memory; changes nothing else")
+    add("--checkpoint-activations", action="store_true",
+        help="keep one activation a block and compute the rest again in the backward: a quarter more work")
+    add("--bf16-moments", action="store_true", help="AdamW's moments in bf16: 4 bytes a parameter less")
+    add("--reshard", action="store_true",
+        help="above one rank: free a block's gathered weights after its forward, gather them again")
+    add("--ranks-per-copy", type=int, default=0, metavar="N",
+        help="above one rank: N of them share the weights, the others hold copies (HSDP); 0: all share")
     add("--save-every", type=int, default=200, help="updates between checkpoints")
     add("--resume", action="store_true", help="continue the run in --out-dir, if there is one")
     add("--seed", type=int, default=0)
@@ -164,7 +186,8 @@ def parse_args():
     args = parser.parse_args()
     check_range(args, 2, "max_tokens")
     check_range(args, 1, "steps tokens_per_micro_batch save_every")
-    check_range(args, 0, "documents_per_step strings_per_step problem_weight lr warmup_steps grad_clip seed")
+    check_range(args, 0, "documents_per_step strings_per_step problem_weight lr warmup_steps grad_clip "
+                         "ranks_per_copy seed")
     return args
 
 
@@ -180,12 +203,16 @@ if __name__ == "__main__":
     corpus.check(tokenizer, source or args.corpus)
     torch.manual_seed(args.seed)
     small = GPTConfig(vocab_size=tokenizer.vocab_size, **SMALL)
-    model = GPT.from_pretrained(source) if source else GPT(small)
-    model.compute_dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    model.to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01,
-                                  fused=True)
-    step = load_trainer(checkpoint, optimizer)["step"] if checkpoint else 0
+    compute_dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    shard = partial(parallel.shard, reshard=args.reshard, ranks_per_copy=args.ranks_per_copy)
+    if source:
+        model = GPT.from_pretrained(source, device=device, compute_dtype=compute_dtype, shard=shard)
+    else:
+        model = GPT(small, compute_dtype).to(device)
+        shard(model)
+    model.checkpoint_activations = args.checkpoint_activations
+    optimizer = make_optimizer(model, args.lr, (0.9, 0.95), weight_decay=0.01, bf16_moments=args.bf16_moments)
+    step = load_trainer(checkpoint, model, optimizer)["step"] if checkpoint else 0
     strings = read_strings(args.strings, model.config) if args.strings else []
     n_documents, n_strings = args.documents_per_step, args.strings_per_step if strings else 0
     if n_documents + n_strings == 0:
@@ -206,8 +233,7 @@ if __name__ == "__main__":
         budget = flops_of_run(args.match_compute)
         args.steps = max(1, round(budget / (6 * parameters * count(batch(0)))))
         print0(f"{args.match_compute} spent {budget:.2e} FLOPs; that is {args.steps} steps here")
-    if parallel.RANK == 0:
-        open_run(args, checkpoint)
+    parallel.on_rank_0(lambda: open_run(args, checkpoint))
     print0(f"{parameters:,} parameters, {len(train_docs):,} documents, {len(strings):,} strings, "
            f"steps {step} to {args.steps}")
     interrupted = catch_interrupts()
@@ -226,14 +252,12 @@ if __name__ == "__main__":
             record = dict(step=step + 1, loss=loss, grad_norm=grad_norm, lr=group["lr"], tokens=tokens,
                           flops=6 * parameters * tokens, train_tok_s=tokens / seconds, dt_train=seconds)
             append(f"{args.out_dir}/metrics.jsonl", [record])
-            if stop or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                save_checkpoint(args.out_dir, step + 1, model, tokenizer, optimizer)
             if (step + 1) % 100 == 0 and bar.disable:
                 speed = f"{tokens / seconds:,.0f} tok/s"
                 print0(f"step {step + 1:05d}/{args.steps:05d} | loss {loss:.3f} | {speed}")
+        if stop or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            save_checkpoint(args.out_dir, step + 1, model, tokenizer, optimizer)
         if stop:
-            parallel.wait()  # torchrun ends all ranks when one of them leaves
             print0(f"\nstopped after step {step + 1} and saved; the same command with --resume continues")
-            sys.exit(130)
-    parallel.wait()  # for rank 0, which may be saving
+            sys.exit(0)
     print0(f"done: {args.out_dir}/step_{args.steps:06d}")

@@ -17,32 +17,36 @@ What the paper leaves open, and our choice: advantages are not divided by their 
 `grad_norm`.
 """
 import argparse
+import json
 import math
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 import kernels
 import parallel
-from checkpoint import append, catch_interrupts, checkpoint_to_resume, load_trainer, open_run, save_checkpoint
+from checkpoint import (append, catch_interrupts, checkpoint_to_resume, load_trainer, open_run, save_checkpoint,
+                        write)
 from data import speak_once
 from data.filter import find_scores, load_positions
 from data.prepare import load_corpus
 from data.prompt import build_prompt, stop_ids, template_ids
 from data.tokenizer import Tokenizer
 from kernels.attention import make_layout
-from kernels.logprob import logprob
 from model import GPT
+from optimizer import make_optimizer
 from parallel import print0
 from reward import extract_prediction, prefix_match
 from sample import generate, rollout_bar
-from train_ntp import check_range, micro_batches, shuffled
+from train_ntp import check_range, clip_gradients, join_idly, micro_batches, shuffled
 
 TRUTH_TOKENS = 32                            # true tokens a prediction may cover; the paper does not say
 CONTEXT_LOGGED = 64                          # tokens of the context in samples.jsonl
+DEAD_STEPS = 20                              # steps without any signal before a warning
 SAMPLES_LOGGED = 2                           # rollouts written to samples.jsonl each step
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bf16, dense; mfu is 0 on hardware not listed
 
@@ -53,6 +57,7 @@ class Question:
     context: list       # token ids of the document before the position
     prompt: list        # template, context (or its end), template
     truth: list         # raw bytes of each of the next tokens of the document
+    position: int       # of the first of them in the corpus
 
 
 @dataclass
@@ -69,7 +74,7 @@ def make_question(corpus, tokenizer, position, template, room):
     t, start, end = position
     truth = [tokenizer.token_bytes(int(id)) for id in corpus.tokens[t:min(end, t + TRUTH_TOKENS)]]
     context = corpus.tokens[start:t].tolist()
-    return Question(context, build_prompt(context, *template, room), truth)
+    return Question(context, build_prompt(context, *template, room), truth, int(t))
 
 
 def score(tokenizer, question, rollouts):
@@ -86,65 +91,137 @@ def group_advantages(rewards, normalize=False):
     return advantages
 
 
-def policy_loss(logprobs, old_logprobs, advantages, clip):
+def policy_loss(logprobs, old_logprobs, advantages, clip_low, clip_high):
     """(S,) each, one entry per response token -> loss of each token, and whether its ratio was clipped.
 
     In the first update of a batch the ratio is 1 and the gradient is advantage x grad logprob: REINFORCE.
     """
     ratio = (logprobs - old_logprobs).exp()
-    clipped = ratio.clamp(1 - clip, 1 + clip)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return -torch.minimum(ratio * advantages, clipped * advantages), ratio != clipped
 
 
-def forward_groups(model, groups, temperature):
-    """Groups -> logprobs and entropy of their response tokens, (S,) each; the prompt runs once."""
-    lengths = [(len(g.question.prompt), [len(r.tokens) for r in g.rollouts]) for g in groups]
-    layout = make_layout(lengths, model.device)
-    tokens = [t for g in groups for t in g.question.prompt + [t for r in g.rollouts for t in r.tokens]]
-    tokens = torch.tensor(tokens, device=model.device)                                   # (T,)
-    hidden = model.packed_hidden(tokens, layout)[layout.predict_rows]                    # (S, D)
-    return logprob(hidden, model.head, tokens[layout.response_rows], temperature)
+def pack(groups, advantages, budget):
+    """Groups and G advantages for each -> micro-batches, lists of (prompt, [(rollout, advantage), ...]).
+
+    A micro-batch has at most `budget` tokens. A group that has more is split by rollouts, and its prompt is
+    computed once for every part. ValueError for a rollout that does not fit with its prompt.
+    """
+    pieces = []
+    for group, row in zip(groups, advantages):
+        prompt, size = group.question.prompt, math.inf
+        for rollout, advantage in zip(group.rollouts, row):
+            check_budget(len(prompt), len(rollout.tokens), budget)
+            if size + len(rollout.tokens) > budget:
+                pieces.append((prompt, []))
+                size = len(prompt)
+            pieces[-1][1].append((rollout, advantage))
+            size += len(rollout.tokens)
+    return list(micro_batches(pieces, budget, piece_tokens))
+
+
+def check_budget(prompt, response, budget):
+    if prompt + response > budget:
+        raise ValueError(f"a prompt of {prompt} and a response of {response} tokens do not fit in "
+                         f"--tokens-per-micro-batch {budget}: {prompt + response} is the least that would do; "
+                         "lower --max-prompt-tokens or --max-new-tokens, or raise it")
+
+
+def piece_tokens(piece):
+    prompt, responses = piece
+    return len(prompt) + sum(len(rollout.tokens) for rollout, _ in responses)
+
+
+def forward_pieces(model, pieces, temperature):
+    """A micro-batch -> log-probs and entropy of its response tokens, (S,) each; a prompt runs once."""
+    layout = make_layout([(len(prompt), [len(r.tokens) for r, _ in responses]) for prompt, responses in pieces],
+                         model.device)
+    tokens = [t for prompt, responses in pieces for t in prompt + [t for r, _ in responses for t in r.tokens]]
+    return model.logprobs(torch.tensor(tokens, device=model.device), layout, temperature)
+
+
+def accumulate(model, pieces, old, total_tokens, args):
+    """Add a micro-batch to the gradients -> its log-probs (S,), and the sums loss, clipped tokens, gap (3,).
+
+    old: log-probs before the first update of this batch; None in that update, where they are these.
+    """
+    if pieces is None:
+        join_idly(model)
+        return None, 0
+    per_token = lambda values: torch.tensor(values, device=model.device)
+    responses = [pair for _, responses in pieces for pair in responses]
+    logprobs, entropy = forward_pieces(model, pieces, args.temperature)                  # (S,)
+    old = logprobs.detach() if old is None else old
+    advantages = per_token([a for rollout, a in responses for _ in rollout.tokens])      # (S,)
+    drift = old - per_token([p for rollout, _ in responses for p in rollout.logprobs])   # trainer - sampler
+    losses, clipped = policy_loss(logprobs, old, advantages, args.clip_low, args.clip_high)
+    if args.importance_cap:  # what the sampler drew too often counts less, at most this many times
+        losses = losses * drift.exp().clamp(max=args.importance_cap)
+    if args.entropy_coef:  # its gradient would cost even where it is zero
+        losses = losses - args.entropy_coef * entropy
+    loss = losses.sum() / total_tokens
+    loss.backward()
+    return old, torch.stack([loss.detach().double(), clipped.sum(), drift.abs().sum()])
 
 
 def policy_step(model, optimizer, groups, advantages, args):
     """One batch -> updated weights and metrics. groups: this rank's; advantages: G floats for each of them.
 
     The loss is divided by the response tokens of all ranks: neither micro-batches nor ranks change anything.
+    ValueError before an update that is not finite, with the batch saved.
     """
-    per_token = lambda values: torch.tensor(values, device=model.device)
-    response_tokens = lambda group: sum(len(r.tokens) for r in group.rollouts)
-    total_tokens = per_token([float(sum(response_tokens(g) for g in groups))])
-    total_tokens = parallel.sum_over_ranks(total_tokens).item()
+    on_device = lambda values: torch.tensor(values, dtype=torch.float64, device=model.device)
+    response_tokens = lambda groups: sum(len(r.tokens) for g in groups for r in g.rollouts)
+    total_tokens = parallel.sum_over_ranks(on_device([response_tokens(groups)])).item()
     work = [(g, a) for g, a in zip(groups, advantages) if any(a) or args.entropy_coef]  # no gradient else
-    batches = list(micro_batches(work, args.tokens_per_micro_batch, lambda pair: group_tokens(pair[0])))
-    old = []                                                                             # log-probs before it
-    sums = torch.zeros(3, dtype=torch.float64, device=model.device)                      # loss, clipped, gap
-    counts = per_token([sum(response_tokens(g) for g, _ in work), sum(group_tokens(g) for g, _ in work)])
-    for update in range(args.updates_per_batch):
+    alive = [g for g, _ in work]
+    batches = pack(alive, [a for _, a in work], args.tokens_per_micro_batch)
+    trained = sum(piece_tokens(piece) for pieces in batches for piece in pieces)
+    batches = parallel.padded(batches)
+    old, totals = [None] * len(batches), np.zeros(3)
+    for _ in range(args.updates_per_batch):
         optimizer.zero_grad()
-        for i, batch in enumerate(batches):
-            logprobs, entropy = forward_groups(model, [g for g, _ in batch], args.temperature)       # (S,)
-            if update == 0:
-                old.append(logprobs.detach())
-            rollouts = [(r, a) for g, advantage in batch for r, a in zip(g.rollouts, advantage)]
-            weights = per_token([a for r, a in rollouts for _ in r.tokens])              # (S,)
-            losses, clipped = policy_loss(logprobs, old[i], weights, args.clip_ratio)
-            loss = (losses - args.entropy_coef * entropy).sum() / total_tokens
-            loss.backward()
-            gap = (old[i] - per_token([p for r, _ in rollouts for p in r.logprobs])).abs().sum()
-            sums += torch.stack([loss.detach(), clipped.sum(), gap]) / args.updates_per_batch
-        parallel.sum_gradients(model)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
-        if not math.isfinite(grad_norm):
-            raise ValueError(f"gradient norm is {grad_norm}: the update was not applied; "
-                             "the last checkpoint is good")
+        sums = on_device([0, 0, 0])
+        for i, pieces in enumerate(batches):
+            old[i], part = accumulate(model, pieces, old[i], total_tokens, args)
+            sums += part
+        grad_norm = clip_gradients(model, args.grad_clip)
+        sums = parallel.sum_over_ranks(sums).tolist()
+        if not math.isfinite(grad_norm + sums[0]):
+            raise not_finite(model, optimizer, groups, advantages, total_tokens, args,
+                             f"loss is {sums[0]:.4g} and gradient norm is {grad_norm:.4g}")
         if grad_norm > 0:  # all groups dead: AdamW would still decay the weights and coast on its momentum
             optimizer.step()
-    loss, clipped, gap = parallel.sum_over_ranks(sums).tolist()
-    responses, trained = parallel.sum_over_ranks(counts).tolist()
+        totals += np.array(sums) / args.updates_per_batch
+    responses, trained = parallel.sum_over_ranks(on_device([response_tokens(alive), trained])).tolist()
     responses = responses or math.nan                                                # no group had a gradient
-    return dict(loss=loss, clip_frac=clipped / responses, logp_gap=gap / responses, grad_norm=grad_norm,
-                trained_tokens=trained * args.updates_per_batch)
+    return dict(loss=totals[0], clip_frac=totals[1] / responses, logp_gap=totals[2] / responses,
+                grad_norm=grad_norm, trained_tokens=trained * args.updates_per_batch)
+
+
+def not_finite(model, optimizer, groups, advantages, total_tokens, args, what):
+    """Find the first group whose own gradient is not finite, save the batch -> the error to raise."""
+    everyone = parallel.gather_lists(list(zip(groups, advantages)))
+    first = sum(parallel.gather_lists([len(groups)])[:parallel.RANK])
+    for bad, (group, row) in enumerate(everyone):
+        optimizer.zero_grad()
+        mine = ([group], [row]) if first <= bad < first + len(groups) else ([], [])
+        for pieces in parallel.padded(pack(*mine, args.tokens_per_micro_batch)):
+            accumulate(model, pieces, None, total_tokens, args)
+        if not math.isfinite(clip_gradients(model, 1.0)):
+            which = (f"It comes from group {bad + 1} of {len(everyone)}, token "
+                     f"{group.question.position:,} of the corpus")
+            break
+    else:
+        bad, which = None, "No group has such a gradient alone"
+    path = f"{args.out_dir}/bad_batch.jsonl"
+    if parallel.RANK == 0:
+        write(path, "".join(json.dumps(dict(
+            bad=i == bad, position=g.question.position, prompt=g.question.prompt, rewards=g.rewards,
+            advantages=row, responses=[r.tokens for r in g.rollouts],
+            logprobs=[r.logprobs for r in g.rollouts])) + "\n" for i, (g, row) in enumerate(everyone)))
+    return ValueError(f"{what}: the update was not applied, the last checkpoint is good. {which}; "
+                      f"the batch is in {path}")
 
 
 def group_tokens(group):
@@ -184,6 +261,33 @@ def step_line(steps, m):
             f"train {m['train_tok_s']:,.0f} tok/s | dt {m['dt_gen'] + m['dt_reward'] + m['dt_train']:.1f}s")
 
 
+def watcher(args):
+    """-> a function: metrics of a step -> warnings that are new in this run, each with its likely cause."""
+    said, dead = set(), 0
+
+    def watch(m):
+        nonlocal dead
+        dead = dead + 1 if m["frac_zero_std"] == 1 else 0
+        alarms = {
+            f"no group has had different rewards for {DEAD_STEPS} steps, so nothing is learnt: the task is too "
+            "hard or too easy here (another --entropy-threshold or --init), or --rollouts is too small":
+                dead >= DEAD_STEPS,
+            f"{m['format_rate']:.0%} of the responses hold a box: the model does not know the form (warm start: "
+            "data/strings.py and train_ntp.py --strings), or has no room (--max-new-tokens)":
+                m["format_rate"] < 0.05,
+            f"logp_gap is {m['logp_gap']:.2g}: sampler and trainer disagree about the same tokens, so this is "
+            "not on-policy; --kernels bitwise makes them agree, --importance-cap corrects for some of it":
+                m["logp_gap"] > 0.05,
+            f"responses have {m['len_mean']:.0f} tokens on average and --max-new-tokens is "
+            f"{args.max_new_tokens}: thoughts are cut off before they reach the box; raise it":
+                m["len_mean"] > 0.95 * args.max_new_tokens}
+        new = [text for i, (text, on) in enumerate(alarms.items()) if on and i not in said]
+        said.update(i for i, on in enumerate(alarms.values()) if on)
+        return new
+
+    return watch
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description="Reinforcement Pre-Training. Without arguments: the demo.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -213,10 +317,21 @@ def parse_args():
     add("--weight-decay", type=float, default=0.01)
     add("--grad-clip", type=float, default=0.2, help="largest gradient norm")
     add("--updates-per-batch", type=int, default=1, help="1 is on-policy; above, the ratio is clipped")
-    add("--clip-ratio", type=float, default=0.2, help="ratio is kept within 1 +- this")
+    add("--clip-low", type=float, default=0.2, help="ratios below 1 - this earn nothing more")
+    add("--clip-high", type=float, default=0.2, help="ratios above 1 + this earn nothing more")
+    add("--importance-cap", type=float, default=0.0, metavar="C",
+        help="weigh tokens by min(C, trainer's / sampler's probability), for kernels that are not bitwise; 0: off")
     add("--entropy-coef", type=float, default=0.0, help="weight of an entropy bonus")
     add("--normalize-advantage", action="store_true", help="divide by the group's standard deviation")
+    # memory
     add("--tokens-per-micro-batch", type=int, default=16384, help="bounds memory; changes nothing else")
+    add("--checkpoint-activations", action="store_true",
+        help="keep one activation a block and compute the rest again in the backward: a quarter more work")
+    add("--bf16-moments", action="store_true", help="AdamW's moments in bf16: 4 bytes a parameter less")
+    add("--reshard", action="store_true",
+        help="above one rank: free a block's gathered weights after its forward, gather them again")
+    add("--ranks-per-copy", type=int, default=0, metavar="N",
+        help="above one rank: N of them share the weights, the others hold copies (HSDP); 0: all share")
     # the run
     add("--save-every", type=int, default=50, help="steps between checkpoints")
     add("--resume", action="store_true", help="continue the run in --out-dir, if there is one")
@@ -230,7 +345,8 @@ def parse_args():
     args.kernels = kernels.chosen(torch.device(args.device))
     check_range(args, 1, "steps batch_size rollouts max_prompt_tokens max_new_tokens max_rounds max_rows "
                          "updates_per_batch tokens_per_micro_batch save_every")
-    check_range(args, 0, "entropy_threshold lr weight_decay grad_clip clip_ratio entropy_coef seed")
+    check_range(args, 0, "entropy_threshold lr weight_decay grad_clip clip_low clip_high importance_cap "
+                         "entropy_coef ranks_per_copy seed")
     check_range(args, 1e-3, "temperature")
     return args
 
@@ -248,21 +364,23 @@ if __name__ == "__main__":
     corpus.check(tokenizer, checkpoint or args.init)
     template = template_ids(tokenizer, args.template)
     positions = load_positions(corpus, find_scores(corpus, args.proxy), args.entropy_threshold, "train")
-    model = GPT.from_pretrained(checkpoint or args.init)
-    model.compute_dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    model.to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999),
-                                  weight_decay=args.weight_decay, fused=True)
-    state = load_trainer(checkpoint, optimizer) if checkpoint else dict(step=0, cursor=0)
+    model = GPT.from_pretrained(
+        checkpoint or args.init, device=device,
+        compute_dtype=torch.bfloat16 if args.device == "cuda" else torch.float32,
+        shard=partial(parallel.shard, reshard=args.reshard, ranks_per_copy=args.ranks_per_copy))
+    model.checkpoint_activations = args.checkpoint_activations
+    optimizer = make_optimizer(model, args.lr, (0.9, 0.999), args.weight_decay, args.bf16_moments)
+    state = load_trainer(checkpoint, model, optimizer) if checkpoint else dict(step=0, cursor=0)
     cursor = state["cursor"]                                                           # positions used so far
     room = min(args.max_prompt_tokens, model.config.max_positions - args.max_new_tokens)
-    build_prompt([0], *template, room)                                                   # does it fit at all?
+    longest = max(positions, key=lambda position: position[0] - position[1])
+    longest = len(make_question(corpus, tokenizer, longest, template, room).prompt)      # does it fit at all?
+    check_budget(longest, args.max_new_tokens, args.tokens_per_micro_batch)
     parameters = sum(p.numel() for p in model.parameters())
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else ""
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
-    interrupted = catch_interrupts()
-    if parallel.RANK == 0:
-        open_run(args, checkpoint)
+    interrupted, watch = catch_interrupts(), watcher(args)
+    parallel.on_rank_0(lambda: open_run(args, checkpoint))
     print0(f"{parameters:,} parameters, {len(positions):,} positions, steps {state['step']} to {args.steps}, "
            f"{args.batch_size} positions x {args.rollouts} rollouts each")
 
@@ -272,6 +390,7 @@ if __name__ == "__main__":
         seen, kept = [], []              # groups of this rank: all that were sampled, and those that train
         missing = args.batch_size        # groups still wanted, over all ranks
         dt_gen, dt_reward, stats = 0.0, 0.0, {}
+        policy = model.cast()            # whole, in bf16 on a GPU: the sampler of this step
         for draw in range(args.max_rounds if dynamic else 1):
             clock = time.perf_counter()
             chosen = positions[shuffled(len(positions), cursor, args.batch_size, args.seed)]
@@ -280,7 +399,7 @@ if __name__ == "__main__":
             questions = [make_question(corpus, tokenizer, t, template, room) for t in chosen[mine]]
             with rollout_bar(len(questions) * args.rollouts, f"step {step + 1}",
                              disable=None if parallel.RANK == 0 else True) as progress:
-                rollouts = generate(model, [q.prompt for q in questions], args.rollouts, args.max_new_tokens,
+                rollouts = generate(policy, [q.prompt for q in questions], args.rollouts, args.max_new_tokens,
                                     args.temperature, stop_ids(tokenizer), (args.seed, step, draw),
                                     mine.start, args.max_rows, args.kv_gb, progress, stats)
             dt_gen, clock = dt_gen + time.perf_counter() - clock, time.perf_counter()
@@ -292,6 +411,7 @@ if __name__ == "__main__":
             dt_reward += time.perf_counter() - clock
             if not missing:
                 break
+        del policy                       # its memory is for the update
 
         # ---- ADVANTAGE -------------------------------------------------------------------------------------
         rewards = torch.tensor([g.rewards for g in kept]).view(-1, args.rollouts)       # (N, G), of this rank
@@ -313,17 +433,18 @@ if __name__ == "__main__":
                         flops=2 * parameters * sampled + 6 * parameters * trained,
                         dt_gen=dt_gen, dt_reward=dt_reward, dt_train=dt_train)
         stop = any(parallel.gather_lists([bool(interrupted)]))
+        last = stop or step + 1 == args.steps
         if parallel.RANK == 0:
             record = {name: None if value != value else value for name, value in metrics.items()}  # NaN: none
             append(f"{args.out_dir}/metrics.jsonl", [record])
             append(f"{args.out_dir}/samples.jsonl", [sample_record(tokenizer, step + 1, seen[0], i)
                                                      for i in range(min(SAMPLES_LOGGED, args.rollouts))])
             print(step_line(args.steps, metrics), flush=True)
-            if stop or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                save_checkpoint(args.out_dir, step + 1, model, tokenizer, optimizer, cursor=cursor)
+            for text in watch(metrics):
+                print(f"warning: {text}", file=sys.stderr, flush=True)
+        if last or (step + 1) % args.save_every == 0:
+            save_checkpoint(args.out_dir, step + 1, model, tokenizer, optimizer, cursor=cursor)
         if stop:
-            parallel.wait()                                  # torchrun ends all ranks when one of them leaves
             print0(f"stopped after step {step + 1} and saved; the same command with --resume continues")
-            sys.exit(130)
-    parallel.wait()  # for rank 0, which may be saving
+            sys.exit(0)
     print0(f"done: {args.out_dir}/step_{args.steps:06d}, curves: python plot.py {args.out_dir}")

@@ -1,7 +1,9 @@
 """Text in, tokens out: tokenizers, prompts, the embedded corpus, preparing and filtering your own."""
 import errno
 import os
+import signal
 import sys
+import time
 from contextlib import suppress
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -11,16 +13,21 @@ def speak_once(kind, error, traceback):
     """For scripts: `sys.excepthook = speak_once` prints what the user can mend as one line, and exits.
 
     That is a ValueError or OSError raised in this repository, an OSError that names a file, a full disk.
-    Anything else is a bug and keeps its traceback.
+    Anything else is a bug and keeps its traceback. Of several ranks rank 0 speaks first: torchrun ends the others
+    with it, and what they have to say is the same, or that it is gone.
     """
     while traceback and traceback.tb_next:
         traceback = traceback.tb_next
     file = os.path.abspath(traceback.tb_frame.f_code.co_filename) if traceback else ""
     ours = file.startswith(ROOT + os.sep) and "site-packages" not in file  # a venv may live in the repository
     about_files = isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC)
+    mendable = about_files or ours and isinstance(error, (ValueError, OSError))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not (mendable and os.environ["RANK"] == "0"):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(2)
     if isinstance(error, KeyboardInterrupt):
         message, code = "interrupted: start the same command again to continue", 130
-    elif about_files or ours and isinstance(error, (ValueError, OSError)):
+    elif mendable:
         message, code = f"{os.path.basename(sys.argv[0])}: {error}", 2
     else:
         return sys.__excepthook__(kind, error, error.__traceback__)

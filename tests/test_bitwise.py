@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 from conftest import DEVICE
 from model import GPT, GPTConfig
 from sample import generate
-from train_rpt import Group, Question, forward_groups
+from train_rpt import forward_pieces
 
 
 def tiny_model(family, dtype, K):
@@ -26,9 +26,9 @@ def tiny_model(family, dtype, K):
 def gaps(model, prompts, G, max_new_tokens, **options):
     """|sampler - trainer| for every token of a batch of rollouts."""
     rollouts = generate(model, prompts, G, max_new_tokens, 0.8, range(0, 150, 10), (3, 1), **options)
-    groups = [Group(Question(prompt, prompt, []), group, [], []) for prompt, group in zip(prompts, rollouts)]
+    pieces = [(prompt, [(rollout, 0.0) for rollout in group]) for prompt, group in zip(prompts, rollouts)]
     with torch.no_grad():
-        logprobs, _ = forward_groups(model, groups, 0.8)
+        logprobs, _ = forward_pieces(model, pieces, 0.8)
     sampled = torch.tensor([p for group in rollouts for r in group for p in r.logprobs], device=DEVICE)
     return (logprobs - sampled).abs()
 

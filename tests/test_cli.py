@@ -131,7 +131,7 @@ def test_a_corpus_without_scores_names_the_command_that_makes_them(fails, corpus
 BAD_NUMBERS = [
     ("train_rpt.py", "0 -1", "steps batch-size rollouts max-new-tokens max-prompt-tokens max-rounds max-rows "
                              "updates-per-batch tokens-per-micro-batch save-every temperature"),
-    ("train_rpt.py", "-1", "lr seed entropy-threshold weight-decay clip-ratio"),
+    ("train_rpt.py", "-1", "lr seed entropy-threshold weight-decay clip-low"),
     ("train_rpt.py", "nan inf", "temperature lr entropy-threshold"),
     ("train_ntp.py", "0", "steps tokens-per-micro-batch save-every max-tokens"),
     ("train_ntp.py", "-1", "documents-per-step strings-per-step lr seed warmup-steps"),

@@ -1,0 +1,245 @@
+"""Whole runs of both trainers: killed, interrupted, on a full disk, and still the same bits at the end."""
+import hashlib
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import checkpoint
+import train_ntp
+from checkpoint import load_trainer, save_checkpoint
+from data.tokenizer import Tokenizer
+from optimizer import make_optimizer
+from reward import extract_prediction
+from tiny import ENVIRONMENT, ROOT, base, corpus, run_here, tiny_model
+
+
+def command(script, corpus, base, run, **flags):
+    """The command line of a six-step run in which everything can go wrong."""
+    common = {"--corpus": corpus.folder, "--init": base, "--out-dir": run, "--steps": 6, "--save-every": 3,
+              "--lr": "1e-3", "--tokens-per-micro-batch": 200, "--seed": 5}
+    own = {"train_rpt.py": {"--template": "short", "--batch-size": 5, "--rollouts": 4, "--max-new-tokens": 12,
+                            "--temperature": 1.2, "--entropy-threshold": 0.5, "--dynamic-sampling-from": 2},
+           "train_ntp.py": {"--strings": corpus.folder / "strings.jsonl", "--documents-per-step": 5,
+                            "--strings-per-step": 6, "--max-tokens": 20, "--warmup-steps": 4}}[script]
+    flags = {"--" + name.replace("_", "-"): value for name, value in flags.items()}
+    return [script] + [str(x) for pair in (common | own | flags).items() for x in pair if x is not True]
+
+
+def lines(run, name="metrics.jsonl"):
+    """Records of a log without the times, which differ from run to run."""
+    timing = lambda key: key.startswith("dt_") or key.endswith("_tok_s") or key in ("mfu", "occupancy")
+    return [{k: v for k, v in json.loads(line).items() if not timing(k)}
+            for line in (run / name).read_text().splitlines()]
+
+
+def contents(run):
+    """Everything a run leaves that has to be the same, to the bit."""
+    sha = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()
+    last = run / (run / "latest").read_text()
+    optimizer = {name: value.numpy().tobytes() for name, value in read_moments(last).items()}
+    logs = [lines(run, name) for name in ("metrics.jsonl", "samples.jsonl") if (run / name).exists()]
+    weights = {name.name: sha(name / "model.safetensors") for name in sorted(run.glob("step_??????"))}
+    return logs, weights, optimizer, json.loads((last / "trainer.json").read_text())
+
+
+def read_moments(folder):
+    """{name: whole tensor}, whatever the number of ranks that wrote them."""
+    with tempfile.NamedTemporaryFile() as file:
+        dcp_to_torch_save(folder / "optimizer", file.name)
+        return torch.load(file.name, weights_only=True)
+
+
+@pytest.fixture(scope="module", params=["train_rpt.py", "train_ntp.py"])
+def whole(request, corpus, base, tmp_path_factory):
+    """Six steps without a disturbance, and the script that took them."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    code, out, err = run_here(*command(request.param, corpus, base, run))
+    assert (code, err) == (0, ""), err
+    return request.param, run
+
+
+# Each is a moment in which the process is gone: code that runs before the script and arms the trap.
+KILL = "import os, runpy, signal, sys; import checkpoint; sys.argv = sys.argv[1:]\n" \
+       "die = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
+MOMENTS = {
+    "while step 5 is logged": """
+append = checkpoint.append
+def torn(path, records):
+    if records[0]["step"] == 5:
+        with open(path, "a") as file:
+            file.write('{"step": 5, "rew')
+        die()
+    append(path, records)
+checkpoint.append = torn""",
+    "before step 6 has its name": """
+rename = os.rename
+os.rename = lambda old, new: die() if str(new).endswith("step_000006") else rename(old, new)""",
+    "before latest moves to step 6": """
+write = checkpoint.write
+checkpoint.write = lambda path, text: die() if text == "step_000006" else write(path, text)""",
+    "in the first save": """
+import checkpoint; checkpoint.save_moments = lambda *_: die()""",
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_kill_9_and_resume_give_the_same_bits(whole, corpus, base, tmp_path, moment):
+    script, undisturbed = whole
+    if script == "train_ntp.py" and moment != "while step 5 is logged":
+        return  # the rest is checkpoint.py, the same for both
+    line = command(script, corpus, base, tmp_path / "run")
+    trap = KILL + MOMENTS[moment] + '\nrunpy.run_path(sys.argv[0], run_name="__main__")'
+    done = subprocess.run([sys.executable, "-c", trap, *line], cwd=ROOT, env=ENVIRONMENT, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    complete = {"step_000003"} if moment != "in the first save" else set()
+    assert complete <= {p.name for p in (tmp_path / "run").glob("step_*")}
+    if complete:
+        assert (tmp_path / "run" / "latest").read_text() == "step_000003"
+        code, _, err = run_here(*line)
+        assert code == 2 and "already holds a run" in err
+    code, out, err = run_here(*line, "--resume")
+    assert (code, err) == (0, "") and ("resuming from" in out) == bool(complete)
+    assert contents(tmp_path / "run") == contents(undisturbed)
+    assert not list((tmp_path / "run").glob("*.partial"))
+
+
+def test_ctrl_c_ends_the_step_saves_and_a_resumed_run_is_the_same(whole, corpus, base, tmp_path, monkeypatch):
+    script, undisturbed = whole
+    line, run = command(script, corpus, base, tmp_path / "run"), tmp_path / "run"
+    append = checkpoint.append
+
+    def press(path, records):  # in step 1, too late for it: step 2 is the last one
+        append(path, records)
+        if path.endswith("metrics.jsonl") and records[0]["step"] == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(checkpoint, "append", press)
+    code, out, err = run_here(*line)
+    assert code == 0 and (run / "latest").read_text() == "step_000002" and "--resume continues" in out
+    monkeypatch.undo()
+    assert run_here(*line, "--resume")[0] == 0
+    (run / "step_000002").rename(tmp_path / "extra")   # the one folder that the undisturbed run does not have
+    assert contents(run) == contents(undisturbed)
+
+
+def test_only_the_newest_checkpoint_keeps_its_optimizer(whole):
+    _, run = whole
+    assert [p.parent.name for p in run.glob("step_*/optimizer")] == ["step_000006"]
+    assert {p.name for p in run.glob("step_*")} == {"step_000003", "step_000006"}
+
+
+def test_a_run_moves_the_weights_and_logs_what_is_documented(whole, base):
+    script, run = whole
+    before, after = (load_file(f"{folder}/model.safetensors") for folder in (base, run / "step_000006"))
+    assert max((before[name] - after[name]).abs().max() for name in before) > 1e-3
+    names = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]).keys()
+    assert names >= {"step", "loss", "grad_norm", "lr", "train_tok_s", "flops", "dt_train"}
+    if script == "train_rpt.py":
+        assert names >= {"reward", "reward_std", "frac_zero_std", "format_rate", "len_mean", "frac_truncated",
+                         "entropy", "clip_frac", "logp_gap", "occupancy", "gen_tok_s", "mfu", "dt_gen", "dt_reward"}
+        assert max(line["logp_gap"] for line in lines(run)) < 1e-5
+
+
+def test_dynamic_sampling_trains_full_batches_of_live_groups(corpus, base, tmp_path, monkeypatch):
+    alive, cut = [], train_ntp.micro_batches
+
+    def spy(groups, tokens, size):
+        alive.append(len(groups))
+        return cut(groups, tokens, size)
+
+    monkeypatch.setattr(train_ntp, "micro_batches", spy)
+    for start in (0, -1):
+        flags = dict(dynamic_sampling_from=start, max_rounds=20)
+        line = command("train_rpt.py", corpus, base, tmp_path / str(start), **flags)
+        assert run_here(*line)[0] == 0
+    assert alive[:6] == [5] * 6 and len(alive) == 12 and min(alive[6:]) < 5
+
+
+def test_samples_hold_the_words_and_the_reward_that_follows_from_them(whole):
+    script, run = whole
+    records = lines(run, "samples.jsonl") if script == "train_rpt.py" else []
+    for record in records:
+        prediction = extract_prediction(record["response"].encode())
+        assert record["extracted"] == (None if prediction is None else prediction.decode())
+        assert not record["reward"] or record["truth"].startswith(record["extracted"])
+    assert not records or {record["reward"] for record in records} == {0.0, 1.0}
+    assert not records or len({record["context"] for record in records}) >= 4  # each step has new questions
+
+
+@pytest.mark.parametrize("limit", [0.5, 1.5])  # x size of the weights: full in these, or in the optimizer
+def test_a_full_disk_keeps_the_old_checkpoint_and_says_one_line(corpus, base, tmp_path, limit):
+    line, run = command("train_ntp.py", corpus, base, tmp_path / "run"), tmp_path / "run"
+    assert run_here(*line, "--steps", "3")[0] == 0
+    before = contents(run)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    weights = (run / "step_000003" / "model.safetensors").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit * weights), hard))
+    try:
+        code, _, err = run_here(*line, "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2 and err.count("\n") == 1
+    assert "is the disk full? The checkpoint before this one is intact" in err
+    assert (run / "latest").read_text() == "step_000003" and not list(run.glob("*.partial"))
+    assert contents(run)[1:] == before[1:]  # the log is ahead, until --resume cuts it
+    assert run_here(*line, "--resume")[0] == 0 and (run / "latest").read_text() == "step_000006"
+
+
+def test_a_changed_learning_rate_counts_after_resume(tmp_path):
+    tokenizer = Tokenizer.load("embedded")
+    model = tiny_model(tokenizer.vocab_size)
+    optimizer = lambda lr: make_optimizer(model, lr, (0.9, 0.95), weight_decay=lr)
+    first = optimizer(1e-3)
+    model(torch.tensor([[1, 2, 3]])).sum().backward()
+    first.step()
+    save_checkpoint(str(tmp_path), 1, model, tokenizer, first, cursor=8)
+    second = optimizer(5e-4)
+    assert load_trainer(f"{tmp_path}/step_000001", model, second) == dict(step=1, cursor=8)
+    assert second.param_groups[0]["lr"] == second.param_groups[0]["weight_decay"] == 5e-4
+    weight = model.embed_tokens.weight
+    assert torch.equal(second.state[weight]["exp_avg"], first.state[weight]["exp_avg"])
+
+
+@pytest.mark.parametrize("script", ["train_rpt.py", "train_ntp.py"])
+def test_weights_that_are_nan_stop_before_the_update(corpus, base, tmp_path, script):
+    tokenizer = Tokenizer.load(base)
+    model = tiny_model(tokenizer.vocab_size)
+    with torch.no_grad():
+        model.norm.weight[0] = math.nan
+    model.save_pretrained(tmp_path / "nan")
+    tokenizer.save(tmp_path / "nan")
+    code, _, err = run_here(*command(script, corpus, tmp_path / "nan", tmp_path / "run"))
+    assert code == 2 and err.count("\n") == 1 and "nan" in err.lower()
+    assert not (tmp_path / "run" / "latest").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("script", ["train_rpt.py", "train_ntp.py"])
+def test_two_processes_take_the_same_steps_as_one(corpus, base, tmp_path, script):
+    """Dynamic sampling from the first step on, and a batch of five: the ranks never have equal work."""
+    runs, flags = [tmp_path / "one", tmp_path / "two"], dict(steps=3, lr=1e-4)
+    flags |= dict(dynamic_sampling_from=0) if script == "train_rpt.py" else {}
+    assert run_here(*command(script, corpus, base, runs[0], **flags))[0] == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    line = [*torchrun, *command(script, corpus, base, runs[1], **flags)]
+    done = subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(run / "step_000003" / "model.safetensors") for run in runs)
+    start = load_file(f"{base}/model.safetensors")
+    assert max((one[name] - start[name]).abs().max() for name in one) > 1e-4
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-6
+    for a, b in zip(lines(runs[0]), lines(runs[1]), strict=True):
+        assert a.keys() == b.keys()
+        assert all(a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-6) for k in a), (a, b)
+    if script == "train_rpt.py":
+        assert lines(runs[0], "samples.jsonl") == lines(runs[1], "samples.jsonl")
+        assert [r["tokens"] for r in lines(runs[0])] == [r["tokens"] for r in lines(runs[1])]

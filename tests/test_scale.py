@@ -1,0 +1,244 @@
+"""Several ranks, and files and memory at size: the same update, readable checkpoints, no rank left behind."""
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from unittest.mock import patch
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import model
+import parallel
+from kernels.attention import make_layout
+from model import GPT
+from optimizer import make_optimizer, round_at_random
+from test_runs import command, lines, read_moments
+from tiny import ENVIRONMENT, ROOT, base, corpus, run_here, tiny_model
+
+# Dynamic sampling from the second step on, a batch of five and small micro-batches: ranks never have equal work.
+FLAGS = dict(steps=5, save_every=3, lr="1e-4", dynamic_sampling_from=1)
+
+
+def launch(ranks, line):
+    """A script under torchrun, started -> the process."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return subprocess.Popen([*torchrun, *line], cwd=ROOT, env=ENVIRONMENT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run_on(ranks, line):
+    """-> exit code, stdout, stderr."""
+    if ranks == 1:
+        return run_here(*line)
+    process = launch(ranks, line)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def children(pid):
+    """Processes that this one has started, and theirs."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+    return [int(child) for child in found] + [p for child in found for p in children(child)]
+
+
+def assert_same(one, other, base, rtol=1e-5):
+    """Weights, moments and numbers of two runs are equal to 1e-6; tokens and words exactly."""
+    a, b = (load_file(run / "step_000005" / "model.safetensors") for run in (one, other))
+    start = load_file(f"{base}/model.safetensors")
+    assert max((a[name] - start[name]).abs().max() for name in a) > 1e-4
+    assert max((a[name] - b[name]).abs().max() for name in a) < 1e-6
+    a, b = (read_moments(run / "step_000005") for run in (one, other))
+    assert a.keys() == b.keys() and all((a[name] - b[name]).abs().max() < 1e-6 for name in a)
+    for left, right in zip(lines(one), lines(other), strict=True):
+        assert left.keys() == right.keys() and left.get("tokens") == right.get("tokens")
+        assert all(left[k] == pytest.approx(right[k], rel=rtol, abs=1e-6) for k in left), (left, right)
+    if (one / "samples.jsonl").exists():
+        assert lines(one, "samples.jsonl") == lines(other, "samples.jsonl")
+
+
+@pytest.fixture(scope="module", params=["train_rpt.py", "train_ntp.py"])
+def runs(request, corpus, base, tmp_path_factory):
+    """The same five steps on one and on two ranks, on two stopped after three."""
+    folder, flags = tmp_path_factory.mktemp("ranks"), dict(FLAGS)
+    if request.param == "train_ntp.py":
+        flags.pop("dynamic_sampling_from")
+    line = lambda name, **more: command(request.param, corpus, base, folder / name, **flags | more)
+    for ranks, name, more in ((1, "1", {}), (2, "2", {}), (2, "2 of 5", dict(steps=3))):
+        if request.param == "train_ntp.py" and name == "2 of 5":
+            continue  # the learning rate follows from --steps
+        code, _, err = run_on(ranks, line(name, **more))
+        assert code == 0, err
+    return request.param, folder, line
+
+
+def test_two_ranks_take_the_same_steps_as_one(runs, base):
+    _, folder, _ = runs
+    assert_same(folder / "1", folder / "2", base)
+
+
+def test_four_ranks_with_copies_resharding_and_checkpointed_activations_too(runs, base):
+    script, folder, line = runs
+    code, _, err = run_on(4, line("4", ranks_per_copy=2, reshard=True, checkpoint_activations=True))
+    assert code == 0, err
+    assert_same(folder / "1", folder / "4", base)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_checkpoint_of_two_ranks_resumes_on_another_number(runs, base, tmp_path, ranks):
+    script, folder, line = runs
+    if script == "train_ntp.py":
+        return  # checkpoint.py, the same for both
+    shutil.copytree(folder / "2 of 5", folder / f"resumed {ranks}")
+    code, out, err = run_on(ranks, line(f"resumed {ranks}", resume=True))
+    assert code == 0 and "resuming from" in out, err
+    assert_same(folder / "1", folder / f"resumed {ranks}", base)
+
+
+def test_a_killed_rank_ends_the_job_in_seconds_and_leaves_nobody(corpus, base, tmp_path):
+    line = command("train_rpt.py", corpus, base, tmp_path / "run", steps=10**6, save_every=2)
+    process = launch(2, line)
+    while not (tmp_path / "run" / "latest").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    family = children(process.pid)
+    rank_1 = [pid for pid in family if b"RANK=1\0" in open(f"/proc/{pid}/environ", "rb").read()]
+    os.kill(rank_1[0], signal.SIGKILL)
+    start = time.time()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and "Signal 9 (SIGKILL)" in err and time.time() - start < 20
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in family)
+    latest = (tmp_path / "run" / "latest").read_text()
+    assert GPT.from_pretrained(tmp_path / "run" / latest)
+
+
+def test_an_error_of_all_ranks_is_said_once(corpus, base, tmp_path):
+    line = command("train_rpt.py", corpus, base, tmp_path / "run", tokens_per_micro_batch=30)
+    code, out, err = run_on(2, line)
+    assert code != 0 and err.count("train_rpt.py: a prompt of") == 1
+    assert "response of 12 tokens do not fit in --tokens-per-micro-batch 30" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_folder_that_cannot_be_written_is_one_line_and_no_hang(corpus, base, tmp_path, ranks):
+    (tmp_path / "file").write_text("")
+    line = command("train_rpt.py", corpus, base, tmp_path / "file" / "run")
+    code, _, err = run_on(ranks, line)
+    assert code != 0 and err.count("train_rpt.py: ") == 1 and "Not a directory" in err
+
+
+# ---- loading and saving ------------------------------------------------------------------------------------
+
+def test_weights_in_several_files_load_here_and_in_transformers(tmp_path):
+    gpt = tiny_model(500)
+    with patch.object(model, "FILE_BYTES", 20_000):
+        gpt.save_pretrained(tmp_path)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(4 * p.numel() for p in gpt.parameters())
+    for name, file in index["weight_map"].items():
+        with safe_open(tmp_path / file, "pt") as tensors:
+            assert name in tensors.keys()
+    sizes = sorted((tmp_path / file).stat().st_size for file in files)
+    assert sizes[-2] < 21_000 and sizes[-1] > 4 * 500 * 32  # the embedding alone is larger than a file may be
+    tokens = torch.randint(500, (2, 9))
+    ours, theirs = GPT.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(ours(tokens), gpt(tokens))
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_rank_reads_no_more_than_its_rows(tmp_path):
+    """Two ranks, one after the other, without a process group: DTensors stand in with what model.py asks of them."""
+    gpt, read = tiny_model(501), []
+    gpt.save_pretrained(tmp_path)
+    for rank in range(2):
+        rows = lambda weight: slice(min(weight.shape[0], rank * -(-weight.shape[0] // 2)),
+                                    min(weight.shape[0], (rank + 1) * -(-weight.shape[0] // 2)))
+        with patch.object(parallel, "rows", rows), \
+                patch.object(parallel, "local", lambda weight: weight[rows(weight)]):
+            part = GPT.from_pretrained(tmp_path)
+        for (name, weight), whole in zip(part.named_parameters(), gpt.parameters()):
+            assert torch.equal(weight[rows(weight)], whole[rows(whole)]), name
+        read.append(sum(weight[rows(weight)].numel() for weight in part.parameters()))
+    assert sum(read) == sum(weight.numel() for weight in gpt.parameters()) and abs(read[0] - read[1]) < 50
+
+
+@pytest.mark.parametrize("damage", ["delete", "cut"])
+def test_a_damaged_optimizer_is_one_line_on_resume(corpus, base, tmp_path, damage):
+    line = command("train_rpt.py", corpus, base, tmp_path / "run")
+    assert run_here(*line, "--steps", "3")[0] == 0
+    shard, = (tmp_path / "run" / "step_000003" / "optimizer").glob("*.distcp")
+    if damage == "delete":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:1000])
+    code, _, err = run_here(*line, "--resume")
+    assert code == 2 and err.count("\n") == 1 and "step_000003/optimizer: damaged or incomplete" in err
+
+
+# ---- memory ------------------------------------------------------------------------------------------------
+
+def test_checkpointed_activations_change_no_bit_and_keep_less(tiny_gpt):
+    layout, tokens = make_layout([(9, [5, 3]), (4, [7])]), torch.randint(40, (28,))
+    found = []
+    for again in (False, True):
+        tiny_gpt.checkpoint_activations, kept = again, set()
+        tiny_gpt.zero_grad()
+        hook = lambda x: kept.add((x.untyped_storage().data_ptr(), x.untyped_storage().nbytes())) or x
+        with torch.autograd.graph.saved_tensors_hooks(hook, lambda x: x):
+            logprobs, _ = tiny_gpt.logprobs(tokens, layout)
+        logprobs.sum().backward()
+        found.append((torch.cat([p.grad.flatten() for p in tiny_gpt.parameters()]), sum(size for _, size in kept)))
+    assert torch.equal(found[0][0], found[1][0]) and found[1][1] < 0.5 * found[0][1]
+
+
+def test_random_rounding_is_right_on_average_and_rounding_to_nearest_is_not():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.full((200_000,), 1 + 0.3 * 2**-7)  # three tenths of the way between two bf16 numbers
+    rounded = round_at_random(x, generator).float()
+    assert set(rounded.tolist()) == {1.0, 1 + 2**-7}
+    assert rounded.mean().item() == pytest.approx(x[0].item(), abs=5 * 2**-7 * math.sqrt(0.21 / 200_000))
+    assert x.bfloat16().float().mean() == 1
+    exact = torch.tensor([0.0, -1.5, 2.0**-100, -(2.0**100)])
+    assert torch.equal(round_at_random(exact, generator).float(), exact)
+
+
+def test_bf16_moments_follow_adamw_where_rounded_ones_would_freeze():
+    """The gradient halves: the second moment has to fall 0.1 % a step, a quarter of a bf16 step."""
+    def run(kind):
+        weight = torch.nn.Linear(1, 4096, bias=False)
+        torch.nn.init.ones_(weight.weight)
+        if kind == "torch":
+            optimizer = torch.optim.AdamW(weight.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01)
+        else:
+            optimizer = make_optimizer(weight, 1e-3, (0.9, 0.999), 0.01, bf16_moments=kind == "bf16")
+        for step in range(600):
+            weight.weight.grad = torch.full((4096, 1), 1.0 if step < 200 else 0.5)
+            optimizer.step()
+        return weight.weight.detach().mean().item(), optimizer.state[weight.weight]
+
+    (exact, theirs), (ours, _), (small, state) = run("torch"), run("fp32"), run("bf16")
+    assert ours == pytest.approx(exact, abs=1e-6)
+    assert state["exp_avg_sq"].dtype == state["exp_avg"].dtype == torch.bfloat16
+    assert state["exp_avg_sq"].float().mean().item() == pytest.approx(theirs["exp_avg_sq"][0].item(), rel=0.01)
+    assert 1 - small == pytest.approx(1 - exact, rel=0.01)
+
+
+def test_bf16_moments_resume_to_the_same_bits(corpus, base, tmp_path):
+    whole, halves = (command("train_rpt.py", corpus, base, tmp_path / name, bf16_moments=True)
+                     for name in ("whole", "halves"))
+    for line in (whole, [*halves, "--steps", "3"], [*halves, "--resume"]):
+        assert run_here(*line)[0] == 0
+    a, b = (load_file(tmp_path / name / "step_000006" / "model.safetensors") for name in ("whole", "halves"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    a, b = (read_moments(tmp_path / name / "step_000006") for name in ("whole", "halves"))
+    assert all(torch.equal(a[name], b[name]) for name in a) and a["norm.weight.exp_avg"].dtype == torch.bfloat16
