@@ -132,12 +132,6 @@ def on_rank_0(call):
     together(call if RANK == 0 else lambda: None)
 
 
-def wait():
-    """Go on when every rank is here."""
-    if WORLD > 1:
-        dist.barrier()
-
-
 def print0(*words, **options):
     if RANK == 0:
         print(*words, **options, flush=True)

@@ -17,7 +17,6 @@ What the paper leaves open, and our choice: advantages are not divided by their 
 `grad_norm`.
 """
 import argparse
-import json
 import math
 import sys
 import time
@@ -29,8 +28,8 @@ import torch
 
 import kernels
 import parallel
-from checkpoint import (append, catch_interrupts, checkpoint_to_resume, load_trainer, open_run, save_checkpoint,
-                        write)
+from alarms import blame, watcher
+from checkpoint import append, catch_interrupts, checkpoint_to_resume, load_trainer, open_run, save_checkpoint
 from data import speak_once
 from data.filter import find_scores, load_positions
 from data.prepare import load_corpus
@@ -46,7 +45,6 @@ from train_ntp import check_range, clip_gradients, join_idly, micro_batches, shu
 
 TRUTH_TOKENS = 32                            # true tokens a prediction may cover; the paper does not say
 CONTEXT_LOGGED = 64                          # tokens of the context in samples.jsonl
-DEAD_STEPS = 20                              # steps without any signal before a warning
 SAMPLES_LOGGED = 2                           # rollouts written to samples.jsonl each step
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bf16, dense; mfu is 0 on hardware not listed
 
@@ -178,18 +176,28 @@ def policy_step(model, optimizer, groups, advantages, args):
     batches = pack(alive, [a for _, a in work], args.tokens_per_micro_batch)
     trained = sum(piece_tokens(piece) for pieces in batches for piece in pieces)
     batches = parallel.padded(batches)
-    old, totals = [None] * len(batches), np.zeros(3)
-    for _ in range(args.updates_per_batch):
+
+    def gradient(batches, old):
+        """Gradients of these micro-batches, and no others -> the sums of `accumulate`; fills in old."""
         optimizer.zero_grad()
         sums = on_device([0, 0, 0])
         for i, pieces in enumerate(batches):
             old[i], part = accumulate(model, pieces, old[i], total_tokens, args)
             sums += part
+        return parallel.sum_over_ranks(sums).tolist()
+
+    def norm_of(groups, advantages):
+        alone = parallel.padded(pack(groups, advantages, args.tokens_per_micro_batch))
+        gradient(alone, [None] * len(alone))
+        return clip_gradients(model, args.grad_clip)
+
+    old, totals = [None] * len(batches), np.zeros(3)
+    for _ in range(args.updates_per_batch):
+        sums = gradient(batches, old)
         grad_norm = clip_gradients(model, args.grad_clip)
-        sums = parallel.sum_over_ranks(sums).tolist()
         if not math.isfinite(grad_norm + sums[0]):
-            raise not_finite(model, optimizer, groups, advantages, total_tokens, args,
-                             f"loss is {sums[0]:.4g} and gradient norm is {grad_norm:.4g}")
+            raise blame(groups, advantages, norm_of, f"{args.out_dir}/bad_batch.jsonl",
+                        f"loss is {sums[0]:.4g} and gradient norm is {grad_norm:.4g}")
         if grad_norm > 0:  # all groups dead: AdamW would still decay the weights and coast on its momentum
             optimizer.step()
         totals += np.array(sums) / args.updates_per_batch
@@ -197,31 +205,6 @@ def policy_step(model, optimizer, groups, advantages, args):
     responses = responses or math.nan                                                # no group had a gradient
     return dict(loss=totals[0], clip_frac=totals[1] / responses, logp_gap=totals[2] / responses,
                 grad_norm=grad_norm, trained_tokens=trained * args.updates_per_batch)
-
-
-def not_finite(model, optimizer, groups, advantages, total_tokens, args, what):
-    """Find the first group whose own gradient is not finite, save the batch -> the error to raise."""
-    everyone = parallel.gather_lists(list(zip(groups, advantages)))
-    first = sum(parallel.gather_lists([len(groups)])[:parallel.RANK])
-    for bad, (group, row) in enumerate(everyone):
-        optimizer.zero_grad()
-        mine = ([group], [row]) if first <= bad < first + len(groups) else ([], [])
-        for pieces in parallel.padded(pack(*mine, args.tokens_per_micro_batch)):
-            accumulate(model, pieces, None, total_tokens, args)
-        if not math.isfinite(clip_gradients(model, 1.0)):
-            which = (f"It comes from group {bad + 1} of {len(everyone)}, token "
-                     f"{group.question.position:,} of the corpus")
-            break
-    else:
-        bad, which = None, "No group has such a gradient alone"
-    path = f"{args.out_dir}/bad_batch.jsonl"
-    if parallel.RANK == 0:
-        write(path, "".join(json.dumps(dict(
-            bad=i == bad, position=g.question.position, prompt=g.question.prompt, rewards=g.rewards,
-            advantages=row, responses=[r.tokens for r in g.rollouts],
-            logprobs=[r.logprobs for r in g.rollouts])) + "\n" for i, (g, row) in enumerate(everyone)))
-    return ValueError(f"{what}: the update was not applied, the last checkpoint is good. {which}; "
-                      f"the batch is in {path}")
 
 
 def group_tokens(group):
@@ -259,33 +242,6 @@ def step_line(steps, m):
             f"zero_std {m['frac_zero_std']:.2f} | ent {m['entropy']:.2f} | len {m['len_mean']:.0f} | "
             f"gnorm {m['grad_norm']:.2f} | gap {gap} | gen {m['gen_tok_s']:,.0f} tok/s | "
             f"train {m['train_tok_s']:,.0f} tok/s | dt {m['dt_gen'] + m['dt_reward'] + m['dt_train']:.1f}s")
-
-
-def watcher(args):
-    """-> a function: metrics of a step -> warnings that are new in this run, each with its likely cause."""
-    said, dead = set(), 0
-
-    def watch(m):
-        nonlocal dead
-        dead = dead + 1 if m["frac_zero_std"] == 1 else 0
-        alarms = {
-            f"no group has had different rewards for {DEAD_STEPS} steps, so nothing is learnt: the task is too "
-            "hard or too easy here (another --entropy-threshold or --init), or --rollouts is too small":
-                dead >= DEAD_STEPS,
-            f"{m['format_rate']:.0%} of the responses hold a box: the model does not know the form (warm start: "
-            "data/strings.py and train_ntp.py --strings), or has no room (--max-new-tokens)":
-                m["format_rate"] < 0.05,
-            f"logp_gap is {m['logp_gap']:.2g}: sampler and trainer disagree about the same tokens, so this is "
-            "not on-policy; --kernels bitwise makes them agree, --importance-cap corrects for some of it":
-                m["logp_gap"] > 0.05,
-            f"responses have {m['len_mean']:.0f} tokens on average and --max-new-tokens is "
-            f"{args.max_new_tokens}: thoughts are cut off before they reach the box; raise it":
-                m["len_mean"] > 0.95 * args.max_new_tokens}
-        new = [text for i, (text, on) in enumerate(alarms.items()) if on and i not in said]
-        said.update(i for i, on in enumerate(alarms.values()) if on)
-        return new
-
-    return watch
 
 
 def parse_args():
@@ -379,7 +335,7 @@ if __name__ == "__main__":
     parameters = sum(p.numel() for p in model.parameters())
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else ""
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
-    interrupted, watch = catch_interrupts(), watcher(args)
+    interrupted, watch = catch_interrupts(), watcher(args.max_new_tokens)
     parallel.on_rank_0(lambda: open_run(args, checkpoint))
     print0(f"{parameters:,} parameters, {len(positions):,} positions, steps {state['step']} to {args.steps}, "
            f"{args.batch_size} positions x {args.rollouts} rollouts each")

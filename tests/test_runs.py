@@ -3,11 +3,13 @@ import hashlib
 import json
 import math
 import os
+import random
 import resource
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ import checkpoint
 import train_ntp
 from checkpoint import load_trainer, save_checkpoint
 from data.tokenizer import Tokenizer
+from model import GPT
 from optimizer import make_optimizer
 from reward import extract_prediction
 from tiny import ENVIRONMENT, ROOT, base, corpus, run_here, tiny_model
@@ -111,6 +114,40 @@ def test_kill_9_and_resume_give_the_same_bits(whole, corpus, base, tmp_path, mom
     assert (code, err) == (0, "") and ("resuming from" in out) == bool(complete)
     assert contents(tmp_path / "run") == contents(undisturbed)
     assert not list((tmp_path / "run").glob("*.partial"))
+
+
+def run_under_fire(line, run, kills, seed):
+    """Start and kill -9 a script `kills` times, every second time while it saves, then let it finish -> how many
+    of the kills left an unfinished save behind. line: ends in --resume and saves after every step."""
+    rng, in_saves = random.Random(seed), 0
+    for kill in range(kills):
+        process = subprocess.Popen([sys.executable, *line], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, start_new_session=True)
+        first = process.stdout.readline()  # the run's folder is open: what follows is steps and saves
+        time.sleep(rng.uniform(0, 0.8))
+        while kill % 2 and process.poll() is None and not list(run.glob("step_*.partial")):
+            time.sleep(0.0005)
+        time.sleep(rng.uniform(0, 0.04) if kill % 2 else 0)
+        assert process.poll() is None, (first, process.stderr.read())
+        process.kill()
+        process.communicate()
+        in_saves += bool(list(run.glob("step_*.partial")))
+        if (run / "latest").exists():
+            GPT.from_pretrained(run / (run / "latest").read_text())
+    done = subprocess.run([sys.executable, *line], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return in_saves
+
+
+def test_kill_9_at_random_moments_gives_the_same_bits(corpus, base, tmp_path):
+    """NANORPT_KILLS=30 for a siege; each kill costs a start of some seconds."""
+    kills = int(os.environ.get("NANORPT_KILLS", 4))
+    flags = dict(steps=30 * kills, save_every=1)
+    line = lambda name: command("train_rpt.py", corpus, base, tmp_path / name, **flags)
+    assert run_here(*line("whole"))[0] == 0
+    in_saves = run_under_fire([*line("killed"), "--resume"], tmp_path / "killed", kills, seed=0)
+    print(f"{kills} kills, {in_saves} of them during a save")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole") and in_saves >= kills // 4
 
 
 def test_ctrl_c_ends_the_step_saves_and_a_resumed_run_is_the_same(whole, corpus, base, tmp_path, monkeypatch):

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from alarms import watcher
 from checkpoint import cut_log
 from sample import Rollout
 from train_ntp import document_sequences, learning_rate, micro_batches, ntp_step, shuffled, weighted_loss
-from train_rpt import Group, Question, group_advantages, pack, piece_tokens, policy_loss, policy_step, watcher
+from train_rpt import Group, Question, group_advantages, pack, piece_tokens, policy_loss, policy_step
 
 TEMPERATURE = 0.8
 
@@ -304,14 +305,14 @@ HEALTHY = dict(frac_zero_std=0.5, format_rate=0.9, logp_gap=1e-6, len_mean=10.0)
     (dict(format_rate=0.04), "4% of the responses hold a box"), (dict(logp_gap=0.051), "logp_gap is 0.051"),
     (dict(len_mean=96.0), "96 tokens on average and --max-new-tokens is 100")])
 def test_each_alarm_speaks_once_and_only_when_it_should(changes, words):
-    watch = watcher(SimpleNamespace(max_new_tokens=100))
+    watch = watcher(100)
     assert [watch(HEALTHY) for _ in range(30)] == [[]] * 30
     (text,), again = watch(HEALTHY | changes), watch(HEALTHY | changes)
     assert words in text and again == [] and watch(HEALTHY | dict(logp_gap=math.nan)) == []
 
 
 def test_twenty_dead_steps_in_a_row_are_an_alarm_nineteen_are_not():
-    watch, dead = watcher(SimpleNamespace(max_new_tokens=100)), HEALTHY | dict(frac_zero_std=1.0)
+    watch, dead = watcher(100), HEALTHY | dict(frac_zero_std=1.0)
     assert not any(watch(m) for m in [dead] * 19 + [HEALTHY] + [dead] * 19)
     (text,) = watch(dead)
     assert "for 20 steps" in text and not any(watch(dead) for _ in range(50))
