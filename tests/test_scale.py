@@ -30,8 +30,14 @@ FLAGS = dict(steps=5, save_every=3, lr="1e-4", dynamic_sampling_from=1)
 def launch(ranks, line):
     """A script under torchrun, started -> the process."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return subprocess.Popen([*torchrun, *line], cwd=ROOT, env=ENVIRONMENT, text=True,
+    return subprocess.Popen([*torchrun, *line], cwd=ROOT, env=ENVIRONMENT, text=True, start_new_session=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for_save(process, run):
+    while not (run / "latest").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
 
 
 def run_on(ranks, line):
@@ -105,9 +111,7 @@ def test_a_checkpoint_of_two_ranks_resumes_on_another_number(runs, base, tmp_pat
 def test_a_killed_rank_ends_the_job_in_seconds_and_leaves_nobody(corpus, base, tmp_path):
     line = command("train_rpt.py", corpus, base, tmp_path / "run", steps=10**6, save_every=2)
     process = launch(2, line)
-    while not (tmp_path / "run" / "latest").exists():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.1)
+    wait_for_save(process, tmp_path / "run")
     family = children(process.pid)
     rank_1 = [pid for pid in family if b"RANK=1\0" in open(f"/proc/{pid}/environ", "rb").read()]
     os.kill(rank_1[0], signal.SIGKILL)
@@ -117,6 +121,21 @@ def test_a_killed_rank_ends_the_job_in_seconds_and_leaves_nobody(corpus, base, t
     assert not any(os.path.exists(f"/proc/{pid}") for pid in family)
     latest = (tmp_path / "run" / "latest").read_text()
     assert GPT.from_pretrained(tmp_path / "run" / latest)
+
+
+@pytest.mark.parametrize("how", ["SIGTERM to torchrun", "Ctrl-C in the terminal"])
+def test_a_signal_ends_the_step_on_all_ranks_and_saves_it(corpus, base, tmp_path, how):
+    """Ctrl-C reaches torchrun and its ranks, and torchrun then sends them SIGTERM."""
+    run = tmp_path / "run"
+    process = launch(2, command("train_rpt.py", corpus, base, run, steps=10**6, save_every=2))
+    wait_for_save(process, run)
+    family = children(process.pid)
+    process.terminate() if how == "SIGTERM to torchrun" else os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    last = len(lines(run))
+    assert f"stopped after step {last} and saved" in out and (run / "latest").read_text() == f"step_{last:06d}"
+    assert not list(run.glob("*.partial")) and not any(os.path.exists(f"/proc/{pid}") for pid in family)
+    assert "[rank" not in err and "train_rpt.py: " not in err  # torchrun says what it got; no rank complains
 
 
 def test_an_error_of_all_ranks_is_said_once(corpus, base, tmp_path):
