@@ -17,6 +17,8 @@ The prediction is what stands in the last \boxed{...} after the thought, byte fo
     \boxed{\}}           ->  `\}`             a backslash escapes the next byte: that } closes nothing
     \boxed{\frac{}       ->  `\frac{`         never balances: everything up to the final }
     \boxed{}}            ->  ``               balances at once: no text with a } before its { fits
+
+Three more rewards of the paper, in its words comparable to this one (appendix A), stand at the end.
 """
 
 
@@ -53,3 +55,23 @@ def prefix_match(prediction: bytes | None, truth: list[bytes]) -> float:
         if len(joined) >= len(prediction):
             return float(joined == prediction)
     return 0.0
+
+
+def first_token_match(prediction: bytes | None, truth: list[bytes]) -> float:
+    """1.0 iff the prediction begins with the bytes of the first true token; whatever follows is ignored.
+
+    The paper compares tokens. Bytes have no tokens of their own, so here " theory" begins with " the".
+    """
+    first = next((token for token in truth if token), None)
+    return float(bool(prediction and first and prediction.startswith(first)))
+
+
+def dense(match: float, probability: float) -> float:
+    """1.0 for a first-token match, else the model's P(predicted first token | context), in [0, 1]."""
+    return 1.0 if match else probability
+
+
+def conditional_dense(matches: list[float], probabilities: list[float]) -> list[float]:
+    """Dense rewards of a group of G with at least one match; zeros for a group without."""
+    hit = any(matches)
+    return [dense(m, p) if hit else 0.0 for m, p in zip(matches, probabilities, strict=True)]

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from reward import extract_prediction, prefix_match
+from reward import conditional_dense, dense, extract_prediction, first_token_match, prefix_match
 
 THE_ANSWER = [b" the", b" answer", b" is"]
 SNOWMAN = [b"\xe2\x98", b"\x83", b"!"]  # the character U+2603 split over two tokens
@@ -122,3 +122,50 @@ def test_a_rollout_that_repeats_the_box_forever_is_read_in_linear_time():
     start = time.process_time()
     assert extract_prediction(b"</think>" + b"\\boxed{" * 100_000) is None
     assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize("name, prediction, truth, reward", [
+    ("the first token", b" the", THE_ANSWER, 1),
+    ("a right second token changes nothing", b" the answer", THE_ANSWER, 1),
+    ("a wrong second token is ignored", b" the question", THE_ANSWER, 1),
+    ("half a second token is ignored", b" the ans", THE_ANSWER, 1),
+    ("bytes cannot tell a longer first token", b" theory", THE_ANSWER, 1),
+    ("half the first token", b" th", THE_ANSWER, 0),
+    ("the second token alone", b" answer", THE_ANSWER, 0),
+    ("missing leading space", b"the", THE_ANSWER, 0),
+    ("half a character is a whole token", b"\xe2\x98", SNOWMAN, 1),
+    ("another second half of the character", b"\xe2\x98\x84", SNOWMAN, 1),
+    ("a token of zero bytes is not the first", b" a", [b"", b" the"], 0),
+    ("the first token with bytes", b" the", [b"", b" the"], 1),
+    ("only tokens of zero bytes", b" the", [b""], 0),
+    ("nothing follows", b" the", [], 0),
+    ("nothing predicted", b"", THE_ANSWER, 0),
+    ("no box", None, THE_ANSWER, 0),
+])
+def test_first_token_reward(name, prediction, truth, reward):
+    assert first_token_match(prediction, truth) == reward
+
+
+def test_a_prefix_match_is_a_first_token_match_and_not_the_reverse():
+    rng = random.Random(2)
+    rewards = set()
+    for _ in range(3000):
+        truth = rng.choices([b"", b"a", b"b", b"ab"], k=rng.randint(0, 4))
+        prediction = b"".join(rng.choices([b"", b"a", b"b"], k=3))
+        rewards.add((prefix_match(prediction, truth), first_token_match(prediction, truth)))
+    assert rewards == {(0, 0), (0, 1), (1, 1)}
+
+
+def test_dense_reward_of_a_miss_is_the_probability_of_the_predicted_token():
+    assert dense(1.0, 0.25) == 1.0  # a hit is 1 whatever the model thought of it
+    assert dense(0.0, 0.25) == 0.25
+    assert dense(0.0, 0.0) == 0.0
+
+
+def test_conditional_dense_reward_leaves_a_group_without_a_hit_at_zero():
+    probabilities = [0.5, 0.25, 0.125, 0.0]
+    assert conditional_dense([0.0, 1.0, 0.0, 0.0], probabilities) == [0.5, 1.0, 0.125, 0.0]
+    assert conditional_dense([0.0, 0.0, 0.0, 0.0], probabilities) == [0.0, 0.0, 0.0, 0.0]
+    assert conditional_dense([1.0, 1.0, 1.0, 1.0], probabilities) == [1.0, 1.0, 1.0, 1.0]
+    with pytest.raises(ValueError):
+        conditional_dense([1.0, 0.0], probabilities)

@@ -1,0 +1,247 @@
+r"""Exact answers: worked pairs, random fractions in all notations, and text meant to hang or crash."""
+import itertools
+import random
+import time
+from fractions import Fraction
+
+import pytest
+
+from answers import answers_equal
+
+# (what it guards, answers that are all equal to each other)
+EQUAL = [
+    ("thousands", ["1,000", "1000", "1{,}000", r"1,\!000", "1000.00", "1,000."]),
+    ("two commas", ["1,234,567", "1234567"]),
+    ("commas and cents", [r"\$1,234.50", "1234.5", "$1{,}234.50$"]),
+    ("a half", ["0.5", "1/2", r"\frac12", r"\frac{1}{2}", r"\dfrac{1}{2}", r"\tfrac12", r"\frac{1}2",
+                r"\frac1{2}", r"\frac 1 2", "0.50", ".5", "2/4", "$1/2$", r"\frac{ 1 }{ 2 }", "1 / 2"]),
+    ("negative fractions", [r"-\frac{3}{4}", "-3/4", "-0.75", r"\frac{-3}{4}", r"\frac{3}{-4}", "\u2212.75"]),
+    ("mixed numbers", [r"3\frac{1}{2}", r"3 \frac12", "3 1/2", "7/2", "3.5"]),
+    ("the sign of a mixed number covers both parts", [r"-3\frac{1}{2}", "-3 1/2", "-7/2"]),
+    ("percent", [r"50\%", "50%", "50", "50 %", "50 percent"]),
+    ("money", ["$18", "18", "18.00", r"\$18", r"$\$18$", "18 dollars"]),
+    ("a loss", [r"-\$5", "$-5", "-5", r"\$-5"]),
+    ("options", [r"\text{(B)}", "B", "(B)", "(b)", r"\textbf{(B)}", r"\text{B}", "B."]),
+    ("brackets that grow", [r"\left( 1, 2 \right)", "(1,2)", "( 1 ,2)"]),
+    ("numbers in a tuple", ["(0.5, -1)", r"\left(\frac{1}{2},-1\right)", r"(\frac12, \, -1.0)"]),
+    ("an interval", [r"[0.5,\infty)", r"\left[ \frac12, \infty \right)", "[1/2, \u221e)"]),
+    ("a set in its order", [r"\{1,2\}", r"\left\{ 1, 2 \right\}", r"\{1.0, 2\}"]),
+    ("a list that looks like thousands", ["1,234,56", "1, 234, 56"]),
+    ("a list", ["1,2", "1, 2", "1.0, 2"]),
+    ("a label", ["x=5", "5", "x = 5.0", "$x=5$"]),
+    ("a label with an index", ["x_1=5", "5", "x_{1} = 5"]),
+    ("units", [r"5 \text{ cm}", "5", r"5\text{cm}", "5 cm", r"5\,\mathrm{cm}", "5 cm.", r"5\mbox{ cm}"]),
+    ("powers of units", [r"5 \text{ cm}^2", "5", r"5 \text{ cm}^{2}", "5 cm\u00b2"]),
+    ("units of several words", ["12 miles per hour", "12", r"12\text{ miles per hour}"]),
+    ("a unit that is a ratio", [r"9.8 \text{ m/s}^2", "9.8", "9.80 m/s^2"]),
+    ("a unit of one letter", [r"5 \text{ m}", "5 m", "5"]),
+    ("a fraction with a unit", [r"\frac{1}{2} \text{ inch}", "0.5", "1/2 inch"]),
+    ("roots", [r"\sqrt{2}", r"\sqrt2", r"\sqrt 2", "\u221a2"]),
+    ("pi", [r"\pi", "\u03c0", r"$\pi$"]),
+    ("a multiple of pi", [r"2\pi", r"2 \pi", "2\u03c0"]),
+    ("a power of ten", ["10^{3}", "10^3", "1000", "1e3", "1E+3", r"1\times10^3", "1.0 \u00d7 10^{3}"]),
+    ("scientific notation", [r"1.2 \times 10^5", r"1.2\cdot10^{5}", "120,000", "1.2e5"]),
+    ("a negative power of ten", ["10^{-2}", "10^-2", "0.01", "1/100", "1e-2"]),
+    ("other powers are text", ["2^{10}", "2^10", "2 ^ 10"]),
+    ("degrees", [r"90^\circ", r"90^{\circ}", "90", "90\u00b0", "90 degrees"]),
+    ("a box in the box", [r"\boxed{5}", "5", r"$\boxed{5}$", r"\boxed{$5$}", r"\boxed{5}."]),
+    ("fences", ["$$x^2$$", "x^2", r"\(x^2\)", r"\[ x^2 \]", r"$\boxed{x^2}$", r"\boxed{$x^2$}"]),
+    ("variables", ["2x + 1", "2x+1", "$2x+1$"]),
+    ("an equation", ["y = 2x", "y=2x"]),
+    ("indices", ["101_2", "101_{2}"]),
+    ("words", ["all real numbers", r"\text{all real numbers}", "all  real\nnumbers."]),
+    ("leading zeros and the sign of zero", ["0", "00", "-0", "0.00", "0/7"]),
+    ("a huge exponent is text", ["1e999999999", "1e999999999"]),
+    ("a tower is text", ["9^9^9^9", "9 ^ 9 ^ 9 ^ 9"]),
+    ("no number divided by zero", ["1/0", r"1 / 0"]),
+    ("a matrix is text", [r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"]),
+]
+# (what it guards, an answer, another)
+UNEQUAL = [
+    ("a comma in a list is no thousands comma", "1,2", "12"),
+    ("the last group has two digits", "1,234,56", "123456"),
+    ("the last group has two digits, again", "1,234,56", "1234,56"),
+    ("the last group has four digits", "1,2345", "12345"),
+    ("a zero before the comma", "0,123", "123"),
+    ("no group before the first comma", ",000", "000"),
+    ("a blank after the comma: a list", "1, 234", "1234"),
+    ("four digits before the comma", "1234,567", "1234567"),
+    ("no thousands commas in a point", "(1,000)", "(1000)"),
+    ("a rounded third", "0.333", "1/3"),
+    ("dots are more than a full stop", "0.333...", "0.333"),
+    ("floats would agree", "0.1", "0.10000000000000000001"),
+    ("past 2 ** 53", "9007199254740993", "9007199254740992"),
+    ("a part of a longer fraction", "1/2", "1/2/3"),
+    ("a fraction of a fraction", r"\frac{1}{2}/3", "1/6"),
+    ("digits behind a fraction", r"\frac{1}{2}3", "1/23"),
+    ("a mixed number is not glued", "3 1/2", "31/2"),
+    ("a mixed number is not a product", r"3\frac{1}{2}", "3/2"),
+    ("a mixed number has whole parts", "3 1/2.5", "3.4"),
+    ("a label in the numerator", r"\frac{x=1}{2}", "1/2"),
+    ("a unit in the denominator", r"\frac{1}{2 m}", "0.5 m"),
+    ("an improper part", "3 4/2", "5"),
+    ("a difference is no mixed number", "3-1/2", "5/2"),
+    ("blanks between digits", "1 2", "12"),
+    ("currency between digits", "1$2", "12"),
+    ("percent between digits", "1%2", "12"),
+    ("percent is not a ratio", r"50\%", "0.5"),
+    ("another sign", "-5", "5"),
+    ("another option", "(B)", "(C)"),
+    ("a variable is no option", "b", "B"),
+    ("an option is no variable", "(b)", "b"),
+    ("another case", "yes", "Yes"),
+    ("an open interval", "(1,2)", "[1,2]"),
+    ("half open", "[1,2)", "[1,2]"),
+    ("a point is no list", "(1,2)", "1,2"),
+    ("another order in a set", r"\{1,2\}", r"\{2,1\}"),
+    ("another length", "(1,2)", "(1,2,3)"),
+    ("a list with one more", "1,2", "1,2,3"),
+    ("one entry differs", "(1,2)", r"(1,\frac{5}{2})"),
+    ("another label", "x=5", "y=5"),
+    ("an equation", "x=5", "x=6"),
+    ("a label before more than a number", "x=5y", "5y"),
+    ("another unit", r"5 \text{ cm}", r"5 \text{ m}"),
+    ("money is no percentage", r"\$50", r"50\%"),
+    ("a variable glued to the number", "5x", "5"),
+    ("a variable after a blank", "5 x", "5"),
+    ("words that change the number", "5 million", "5"),
+    ("words that change the number, in text", r"5 \text{ thousand}", "5"),
+    ("two answers", "5 or 6", "5"),
+    ("at least", "5 or more", "5"),
+    ("a number inside a sentence", "about 5", "5"),
+    ("pi is not dropped", r"2\pi", "2"),
+    ("pi is exact", r"\pi", "3.14159"),
+    ("a root is not dropped", r"\sqrt{2}", "2"),
+    ("a longer root", r"\sqrt{2}3", r"\sqrt{23}"),
+    ("no arithmetic: powers", "2^{10}", "1024"),
+    ("no arithmetic: sums", "1+1", "2"),
+    ("a digit behind the exponent", "10^{3}5", "10^{35}"),
+    ("a fraction times a power", r"1/2\times10^3", "0.0005"),
+    ("another index", "101_2", "101_3"),
+    ("an arrow is no \\left", r"\leftarrow", "arrow"),
+    ("not a number", "nan", "0"),
+    ("infinity is a word", "inf", "infinity"),
+    ("an underscore is no digit separator", "1_000", "1000"),
+    ("a digit of another alphabet", "\u0663", "3"),
+    ("division by zero", "1/0", "2/0"),
+    ("hexadecimal", "0x10", "16"),
+    ("code", "__import__('os')", "0"),
+    ("a power beyond the limit", "1e1000", "1" + "0" * 1000),
+    ("another huge exponent", "1e999999999", "1e999999998"),
+    ("another tower", "9^9^9^9", "9^9^9"),
+    ("a unit alone", r"\%", "0"),
+]
+
+
+def equal(left, right):
+    """The answer, having checked that it does not depend on which of the two is the truth."""
+    forward, backward = answers_equal(left.encode(), right), answers_equal(right.encode(), left)
+    assert forward is backward, (left, right)
+    return forward
+
+
+PAIRS = [(name, *pair) for name, answers in EQUAL for pair in itertools.combinations(answers, 2)]
+
+
+@pytest.mark.parametrize("name, left, right", PAIRS, ids=[ascii(pair[1:]) for pair in PAIRS])
+def test_the_same_answer_in_another_notation(name, left, right):
+    assert equal(left, right) and equal(left, left) and equal(right, right)
+
+
+@pytest.mark.parametrize("name, left, right", UNEQUAL, ids=[pair[0] for pair in UNEQUAL])
+def test_answers_that_only_look_alike(name, left, right):
+    assert not equal(left, right)
+    assert equal(left, left) and equal(right, right)
+
+
+@pytest.mark.parametrize("prediction, truth, same", [
+    (None, "5", False),
+    (b"", "5", False),
+    (b"", "", False),  # an empty answer is no answer, even to an empty truth
+    (b" \n", " ", False),
+    (rb"\boxed{}", r"\boxed{}", False),
+    (b"$$", "$", False),
+    (b"5\xff", "5", False),
+    (b"\xff5 cm", "5", False),
+    (b"5 \\text{\xff}", "5", False),
+    (b"\xff", "\ufffd", False),  # not replaced by a question mark that the truth may hold
+    (b"caf\xe9", b"caf\xe9".decode("utf-8", "surrogateescape"), True),
+])
+def test_nothing_and_bytes_that_are_no_text(prediction, truth, same):
+    assert answers_equal(prediction, truth) is same
+
+
+def notations(value):
+    """All exact ways to write a Fraction, from its own numerator and denominator."""
+    sign, top, bottom = "-" if value < 0 else "", abs(value.numerator), value.denominator
+    forms = [f"{sign}{top}/{bottom}", f"{sign}{3 * top} / {3 * bottom}", rf"{sign}\frac{{{top}}}{{{bottom}}}",
+             rf"$\dfrac{{{sign}{top}}}{{{bottom}}}$", rf"x = {sign}\tfrac{{{top}}}{{{bottom}}}",
+             rf"{sign}\${top}/{bottom}", rf"\boxed{{{sign}{top}/{bottom}}}", f"{sign}{top}/{bottom} cm"]
+    if top < 10 and bottom < 10:
+        forms.append(rf"{sign}\frac{top}{bottom}" if bottom > 1 else f"{sign}{top}.")
+    if top > bottom > 1:
+        forms += [f"{sign}{top // bottom} {top % bottom}/{bottom}",
+                  rf"{sign}{top // bottom}\frac{{{top % bottom}}}{{{bottom}}}"]
+    if 10 ** 6 % bottom == 0:  # six decimals are exact
+        whole, rest = divmod(top * 10 ** 6 // bottom, 10 ** 6)
+        forms += [f"{sign}{whole}.{rest:06}", f"{sign}{whole:,}.{rest:06}", f"{sign}{whole}.{rest:06}000",
+                  f"{sign}{whole * 10 ** 6 + rest}e-6", rf"{sign}{whole * 10 ** 6 + rest}.0 \times 10^{{-6}}"]
+    if bottom == 1:
+        forms += [f"{sign}{top}", f"{sign}{top:,}", rf"{sign}{top}\%", f"{sign or '+'}{top}"]
+    return forms
+
+
+def test_random_fractions_are_equal_in_every_notation_and_to_no_other_fraction():
+    rng = random.Random(0)
+    before = Fraction(1, 3)
+    for _ in range(80):
+        scale = rng.choice([9, 60, 10 ** 4, 10 ** 12])
+        bottom = rng.choice([1, 1, 2, 3, 7, 8, 40, 64, rng.randint(1, scale)])
+        value = Fraction(rng.randint(-scale, scale), bottom)
+        near = value + Fraction(rng.choice([-1, 1]), 10 ** rng.randint(0, 40))
+        plain = f"{value.numerator}/{value.denominator}"
+        for form in notations(value):
+            assert equal(form, plain), (form, plain)
+            for other in {near, before, -value, value + 1} - {value}:
+                assert not equal(form, f"{other.numerator}/{other.denominator}"), (form, other)
+        before = value
+
+
+def test_random_bytes_never_raise():
+    rng = random.Random(0)
+    pieces = rb"""0 1 12 7 , , . - + / e E9 ^ { } ( ) [ ] $ % _ = x * cm 1,000 /0 inf nan 10^{ \ \, \{ \} \%
+                  \left \right \frac \sqrt \text{ \boxed{ \times ^\circ""".split()
+    pieces += [b" ", b"\n", b"\x00", b"\xff", b"\xe2\x88\x92", b"9" * 600, b" miles"]
+    empty = 0
+    for _ in range(4000):
+        one, other = (b"".join(rng.choices(pieces, k=rng.randint(1, 8))) for _ in range(2))
+        text = other.decode("utf-8", "surrogateescape")
+        for prediction in one, rng.randbytes(12):
+            assert answers_equal(prediction, text) in (True, False)
+        empty += not answers_equal(other, text)
+    assert 0 < empty < 200  # only what consists of layout, such as `$` and `\,`, is not even equal to itself
+
+
+NASTY = r"""( { [ $ . , 1 1, 1,111 1/ - e1 9^ ^1 ab/ = x= ~ (1) \ \! \{ \frac \frac{ \frac1 \text{ \boxed{
+             \sqrt ^{\circ} 10^{ *10^{9} −""".split() + [" ", "1 ", "a ", "5 ab", "\\ ", "\\text "]
+
+
+@pytest.mark.parametrize("piece", NASTY, ids=ascii)
+def test_long_hostile_answers_are_read_in_linear_time(piece):
+    for head in ["", "x=$1"]:
+        text = head + (piece * 50_000)[:50_000]
+        start = time.process_time()
+        assert not answers_equal(text.encode(), text + "7")
+        assert time.process_time() - start < 1  # some 0.1 s; a quadratic pattern takes a minute
+
+
+@pytest.mark.parametrize("text", [
+    "9^9^9^9", "9^{9^{9^9}}", "1e999999999", "1e-999999999", "10^{999999999}", "10^99999999999", "9" * 10_000,
+    "0." + "3" * 10_000, "1/" + "7" * 10_000, "1e" + "9" * 10_000, r"9.9\times10^{123456789}", "1e-999",
+    "9" * 490 + "e999",
+], ids=lambda text: text[:20])
+def test_a_huge_number_neither_hangs_nor_fills_the_memory(text):
+    start = time.process_time()
+    assert answers_equal(text.encode(), text) and not answers_equal(text.encode(), "1e999")
+    assert not answers_equal(text.encode(), "0")
+    assert time.process_time() - start < 0.2
