@@ -4,22 +4,23 @@
     python bench.py kernels --rows 3,6 --json bench.json
     python bench.py sample                           # here: the sampler, 20 minutes on two cores
     python bench.py sample --rows 2,3 --repeats 3
+    python bench.py train                            # here: the update, on the CPU; 11 GB of memory
 
     sample, row 1  8 prompts x 8 rollouts x 64 tokens, shapes of SmolLM2-135M, against transformers' generate
                2  lengths as thoughts have them: refilled rows against rows that wait for the slowest
                3  the embedded model in 256 rows: tokens/s, and what its matrix products alone would allow
                4  on a GPU: a decode step of Qwen2.5 shapes, against the time to read weights and cache once
+    train          the update and the whole step; its rows are in bench_train.py
 
 Models have random weights: speed does not depend on them. Ours and the alternative take turns, each once
 unmeasured; times are medians, ratios are of medians, above 1 ours is faster.
 """
 import argparse
 import itertools
-import statistics
 import sys
 import tempfile
-import time
 from datetime import datetime
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -27,37 +28,13 @@ import torch.nn.functional as F
 
 import kernels
 import sample
+from bench_train import QWEN, SMOLLM2, TRAIN, limits, medians, random_prompts
 from data import speak_once
 from kernels.bench import bench_kernels, commit
 from model import GPT, GPTConfig
 from train_ntp import SMALL, check_range
 
-SMOLLM2 = GPTConfig(vocab_size=49_152, width=576, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64,
-                    ffn_width=1536, max_positions=2048)
 EMBEDDED = GPTConfig(vocab_size=390, **SMALL | dict(max_positions=640))  # of the demo, with room for row 2
-
-
-QWEN = {"0.5B": GPTConfig(vocab_size=151_936, width=896, n_layers=24, n_heads=14, n_kv_heads=2, head_dim=64,
-                          ffn_width=4864, max_positions=32_768, family="qwen2"),
-        "1.5B": GPTConfig(vocab_size=151_936, width=1536, n_layers=28, n_heads=12, n_kv_heads=2, head_dim=128,
-                          ffn_width=8960, max_positions=32_768, family="qwen2")}
-
-
-def medians(repeats, *calls):
-    """Seconds of each call, the median of `repeats`; the calls take turns, after one unmeasured turn."""
-    seconds = [[] for _ in calls]
-    for turn in range(repeats + 1):
-        for times, call in zip(seconds, calls):
-            start = time.perf_counter()
-            call(turn)
-            if turn:
-                times.append(time.perf_counter() - start)
-    return [statistics.median(times) for times in seconds]
-
-
-def random_prompts(config, count, length):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(config.vocab_size, (count, length), generator=generator).tolist()
 
 
 def against_transformers(repeats, config=SMOLLM2, lengths=(512, 64), new=64):
@@ -112,7 +89,8 @@ def against_waiting(repeats, config=EMBEDDED, rows=64, count=128, mean=64, cap=5
     shape = f"{rows} rows, {len(lengths)} rollouts of {mean:.0f} tokens, {max(lengths)} at most"
     rate = f"{ours:.2f} s, {sum(lengths) / ours:,.0f} tok/s, {stats['occupancy']:.1%} of the rows in use"
     for what, seconds in (("wait", other), ("drop finished rows", dropping)):
-        print(f"| 2 | {shape} | {rate} | batches that {what} {seconds:.2f} s | {seconds / ours:.2f} |", flush=True)
+        print(f"| 2 | {shape} | {rate} | batches that {what} {seconds:.2f} s | {seconds / ours:.2f} |",
+              flush=True)
 
 
 def against_products(repeats, config=EMBEDDED, rows=256, new=64):
@@ -135,9 +113,7 @@ def against_products(repeats, config=EMBEDDED, rows=256, new=64):
 def against_bandwidth(repeats, configs=QWEN, batches=(64, 256), contexts=(1024, 4096), new=(32, 160),
                       device="cuda"):
     """A step is the difference of two lengths: no prefill. Prompts are shared by 8 rows and read once."""
-    from kernels.measure import LIMITS
-    name = torch.cuda.get_device_name() if device == "cuda" else ""
-    flops, bandwidth = next((limits for gpu, limits in LIMITS.items() if gpu in name), LIMITS["H200"])
+    flops, bandwidth = limits(device)
     for title, config in configs.items():
         with torch.device(device):
             model = GPT(config, torch.bfloat16).to(torch.bfloat16)
@@ -157,37 +133,47 @@ def against_bandwidth(repeats, configs=QWEN, batches=(64, 256), contexts=(1024, 
                   f"{floor / step:.2f} |", flush=True)
 
 
-def bench_sample(args):
-    tasks = {"1": against_transformers, "2": against_waiting, "3": against_products, "4": against_bandwidth}
-    rows = (args.rows or ("1,2,3,4" if torch.cuda.is_available() else "1,2,3")).split(",")
+def bench_rows(tasks, args):
+    """Run some rows: functions of the number of repeats. The last one needs a GPU."""
+    (*here, last), gpu = tasks, torch.cuda.is_available()
+    rows = args.rows.split(",") if args.rows else [*here, last] if gpu else here
     if not set(rows) <= tasks.keys():
-        raise ValueError(f"--rows {args.rows}: expected numbers from 1 to 4 with commas between, such as 1,3")
-    if "4" in rows and not torch.cuda.is_available():
-        raise ValueError("--rows 4 is timed on a GPU, and torch finds none (CUDA)")
+        raise ValueError(f"--rows {args.rows}: expected numbers from 1 to {last} with commas between, "
+                         "such as 1,3")
+    if last in rows and not gpu:
+        raise ValueError(f"--rows {last} is timed on a GPU, and torch finds none (CUDA)")
+    asked = kernels.asked
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, fp32, commit {commit()}, "
           f"{datetime.now():%Y-%m-%d %H:%M}\npython {' '.join(sys.argv)}: medians of {args.repeats}\n\n"
           "| row | what | ours | alternative | alternative / ours |\n|---|---|---|---|---|", flush=True)
     for row in rows:
+        kernels.use(asked)  # rows on a GPU leave theirs behind
         tasks[row](args.repeats)
 
 
-TASKS = {"kernels": bench_kernels, "sample": bench_sample}
+SAMPLE = {"1": against_transformers, "2": against_waiting, "3": against_products, "4": against_bandwidth}
+TASKS = {"kernels": bench_kernels, "sample": partial(bench_rows, SAMPLE), "train": partial(bench_rows, TRAIN)}
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Measure speed.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("task", choices=TASKS, help="kernels: on a GPU, one table a row; sample: on the CPU")
+    parser.add_argument("task", choices=TASKS,
+                        help="kernels: on a GPU, sample, train: on the CPU, last row on a GPU")
     add = parser.add_argument
     add("--rows", default=None,
         help="kernels: 1, 2 attention, 3 decoding, 4 log-probs, 5 sampling, 6 bits; sample: 1 transformers, "
-             "2 refill, 3 embedded model, 4 bandwidth of a GPU; default: all that run here")
-    add("--repeats", type=int, default=5, help="sample: runs of which the median is taken")
+             "2 refill, 3 embedded model, 4 bandwidth of a GPU; train: 1 shared prompts, 2 parts of a step, "
+             "3 MFU of a GPU; default: all that run here")
+    add("--repeats", type=int, default=None,
+        help="sample, train: runs of which the median is taken; default: 5 for sample, 1 for train")
     add("--quick", action="store_true", help="kernels: one or two shapes a row")
     add("--minutes", type=float, default=8, help="kernels: begin no shape after this many minutes")
     add("--json", default=None, metavar="FILE",
         help="kernels: write times (ms), errors and peaks (MB) here, too")
     args = parser.parse_args()
+    if args.repeats is None:
+        args.repeats = 1 if args.task == "train" else 5  # a run of train takes minutes
     check_range(args, 1, "repeats")
     return args
 

@@ -6,21 +6,31 @@ import argparse
 import dataclasses
 import itertools
 import json
+import os
 import random
 import re
+import resource
+import time
 import warnings
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
+import bench_train
+import sample
+import train_rpt
 from conftest import DEVICE
 from kernels import bench, bits, measure
 from kernels.attention import make_layout
+from model import GPT, GPTConfig
 from tiny import run_here
 
 CPU = torch.device("cpu")
 LIMITS = (790e12, 4.3e12)
+MODEL = GPTConfig(vocab_size=40, width=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, ffn_width=24,
+                  max_positions=64)
 GROUPS = [(18, [8, 17]), (18, [5])]
 BITS = dict(heads=[(2, 1, 16)], groups=[(17, [3, 18])], N=66, D=16, V=300, counts=[1, 65])
 TINY = {1: (bench.attention_case, 2, 1, 16, [(20, [])] * 2), 2: (bench.attention_case, 2, 1, 16, GROUPS),
@@ -188,6 +198,103 @@ def test_no_shape_is_begun_after_the_minutes(capsys):
     assert "| 1.5B 1 1 1 1 | not begun: the minutes are over |" in capsys.readouterr().out
 
 
+# ---- the update and the whole step -------------------------------------------------------------------------
+
+def test_both_sides_compute_the_same_rollouts_and_as_many_at_a_time_as_they_say(monkeypatch, capsys):
+    seen, real = [], train_rpt.forward_pieces
+
+    def forward_pieces(model, pieces, temperature):
+        seen.append([(len(prompt), [len(r.tokens) for r, _ in responses]) for prompt, responses in pieces])
+        return real(model, pieces, temperature)
+
+    monkeypatch.setattr(train_rpt, "forward_pieces", forward_pieces)
+    monkeypatch.setattr(bench_train, "alone", lambda function, *args: function(*args))
+    bench_train.against_own_prompts(1, MODEL, count=2, prompt=9, G=4, new=3, at_once=2)
+    own = (9, [3])
+    assert seen == [[(9, [3] * 4)]] * 2 + [[own] * 2] * 4 + [[(9, [3] * 2)]] + [[own] * 2]
+    first, memory = capsys.readouterr().out.splitlines()
+    assert float(re.search("gradient norm off by ([^ ]+)", first)[1]) < 1e-5
+    (ours, other), ratio = map(float, re.findall(r"([\d.]+) GB", memory)), float(memory.split("|")[-2])
+    assert 0.1 < ours <= other and abs(ratio - other / ours) < 0.05  # in one process the peak only grows
+
+
+def test_a_process_alone_tells_its_own_memory_and_when_it_was_killed():
+    parent = torch.ones(2**27)  # 0.54 GB, which ru_maxrss would count for the child, too
+    peak = bench_train.peak_gb()
+    assert 0.01 < bench_train.alone(bench_train.peak_gb) < peak - 0.4
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    assert parent.nbytes / 1e9 < peak <= most + 0.01
+    with pytest.raises(ValueError, match="_exit: its process ended without a result; most likely memory"):
+        bench_train.alone(os._exit, 9)
+
+
+def test_a_slow_part_of_the_step_is_charged_to_itself(monkeypatch):
+    model, optimizer = bench_train.trainer(MODEL)
+    before = [weight.clone() for weight in model.parameters()]
+    prompts = bench_train.random_prompts(MODEL, 2, 5)
+    owners = {"prefill": (sample, "prefill"), "decoding": (sample, "draw_next"),
+              "reward": (bench_train, "score"), "forward and backward": (train_rpt, "forward_pieces"),
+              "optimizer": (optimizer, "step")}
+    for slow, (owner, name) in owners.items():
+        real = getattr(owner, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, lambda *args: (time.sleep(0.3), real(*args))[1])
+            start = time.perf_counter()
+            seconds, metrics = bench_train.step_seconds(model, optimizer, prompts, 2, 3, 100, seed=0)
+            whole = time.perf_counter() - start
+        assert list(seconds) == list(owners) and max(seconds, key=seconds.get) == slow, seconds
+        assert seconds[slow] >= 0.3 and min(seconds.values()) > 0 and sum(seconds.values()) <= whole
+        assert metrics["trained_tokens"] == 2 * (5 + 2 * 3)  # no group is dead
+    assert all(map(torch.equal, before, model.parameters()))  # learning rate 0: every update is the same
+
+
+def test_the_verifier_of_the_step_gets_boxes_to_look_at(monkeypatch):
+    scored, real = [], bench_train.score
+    monkeypatch.setattr(bench_train, "score", lambda *args: (scored.append(real(*args)), scored[-1])[1])
+    prompts = bench_train.random_prompts(MODEL, 2, 5)
+    bench_train.step_seconds(*bench_train.trainer(MODEL), prompts, 2, 3, 100, seed=0)
+    assert [len(group.predictions) for group in scored] == [2, 2]
+    assert all(prediction for group in scored for prediction in group.predictions)
+
+
+def test_parts_of_a_step_are_shares_of_it(capsys):
+    bench_train.parts_of_a_step(3, MODEL, count=2, prompt=5, G=2, new=3)
+    out = capsys.readouterr().out
+    assert 99 < sum(map(float, re.findall(r"([\d.]+)% of the step", out))) < 101
+    tokens = [int(n) for n in re.findall(r"(\d+) tokens \|", out)]
+    assert tokens == [10, 12, 12, 2 * (5 + 6), 12] and "step of 2 x 2 x 3 tokens, contexts of 5" in out
+
+
+def test_flops_of_an_update_are_those_that_torch_counts(use_kernels):
+    """torch counts matrix products; it sees the head's forward twice, for logits are computed again."""
+    use_kernels("torch")
+    groups = [(2, [1]), (4, [3, 2])]
+    model, tokens, responses = GPT(MODEL), 3 + 9, 1 + 5
+    with FlopCounterMode(display=False) as counter:
+        model.logprobs(torch.arange(tokens), make_layout(groups))[0].sum().backward()
+    products = counter.get_flop_counts()["Global"][torch.ops.aten.mm] - 2 * 40 * 32 * responses
+    pairs = (3 + 3) + (10 + (3 * 4 + 6) + (2 * 4 + 3))  # prompts causally; a rollout its prompt and itself
+    attention = 2 * 2 * 16 * pairs * (4 + 8)            # layers, heads, channels; forward and backward
+    assert bench_train.model_flops(model, groups) == products + attention
+
+
+def test_mfu_is_the_time_of_the_flops_over_the_time_taken(monkeypatch, capsys, no_gpu):
+    """What runs on a GPU runs here interpreted; a machine of 1 MFLOP/s would need a second for 1e6 FLOPs."""
+    monkeypatch.setattr(bench_train, "limits", lambda device: (1e6, None))
+    monkeypatch.setattr(bench_train, "medians", lambda repeats, call: (call(0), [0.5])[1])
+    tiny = dataclasses.replace(MODEL, n_layers=1)
+    bench_train.against_flops(1, {"tiny": tiny}, count=2, prompt=5, lengths=range(1, 4), new=3, budget=20,
+                              device="cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[4] for line in lines] == ["fast,", "fast,", "bitwise,", "bitwise,"]
+    least = bench_train.model_flops(GPT(tiny), [(5, [1, 2, 3])] * 2) / 1e6
+    for update, step in (lines[:2], lines[2:]):
+        assert "| 0.50 s, 44 tok/s |" in update  # 22 tokens
+        assert f"{least:.2f} s | {least / 0.5:.3f} |" in update
+        assert re.search(r"logp_gap \d.* \| sampling [\d.]+ s, [\d.]+% of the step \| \|", step)
+    assert "logp_gap 0.0e+00" in lines[3]  # bitwise
+
+
 # ---- the command -------------------------------------------------------------------------------------------
 
 def test_every_shape_of_the_default_run_has_arguments():
@@ -229,6 +336,9 @@ def test_rows_that_do_not_exist_are_named_and_help_tells_units():
     assert code == 0 and "after this many minutes (default: 8)" in words
     assert "--rows 4 is timed on a GPU" in run_here("bench.py", "sample", "--rows", "4")[2]
     assert "--rows 9: expected numbers from 1 to 4" in run_here("bench.py", "sample", "--rows", "9")[2]
+    assert "--rows 3 is timed on a GPU" in run_here("bench.py", "train", "--rows", "1,3")[2]
+    assert "--rows 4: expected numbers from 1 to 3" in run_here("bench.py", "train", "--rows", "4")[2]
+    assert "--repeats must be at least 1" in run_here("bench.py", "train", "--repeats", "0")[2]
     assert "times (ms), errors and peaks (MB)" in words
 
 
