@@ -119,16 +119,14 @@ def make_layout(groups, device="cpu"):
 
 def attention_reference(q, k, v, layout):
     """`attention` in plain torch: every prompt and rollout padded to a row of its own."""
-    repeat = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
     heads_first = lambda x: x.transpose(1, 2)                                # (N, P, H, K) <-> (N, H, P, K)
-    sdpa = lambda q, k, v, **mask: heads_first(
-        F.scaled_dot_product_attention(heads_first(q), heads_first(k), heads_first(v), **mask))
+    sdpa = lambda q, k, v, **mask: heads_first(F.scaled_dot_product_attention(
+        heads_first(q), heads_first(k), heads_first(v), enable_gqa=True, **mask))
     P, R = layout.prompts.shape[1], layout.rollouts.shape[1]
-    kp, vp = k[layout.prompts], v[layout.prompts]                                        # (N, P, H, K)
+    kp, vp = k[layout.prompts], v[layout.prompts]                                        # (N, P, Hkv, K)
     rows = [sdpa(q[layout.prompts], kp, vp, is_causal=True)[real(layout.prompt_lens, P)]]
     if R:
-        keys = torch.cat([kp[layout.owner], k[layout.rollouts]], dim=1)                  # (M, P + R, H, K)
+        keys = torch.cat([kp[layout.owner], k[layout.rollouts]], dim=1)                  # (M, P + R, Hkv, K)
         values = torch.cat([vp[layout.owner], v[layout.rollouts]], dim=1)
         causal = torch.ones(R, R, dtype=torch.bool, device=q.device).tril()
         prompt = real(layout.prompt_lens, P)[layout.owner][:, None].expand(-1, R, -1)    # (M, R, P)
