@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import plot
@@ -197,6 +198,164 @@ def test_nothing_to_draw_and_impossible_settings_are_refused(tmp_path):
     with pytest.raises(ValueError, match="at most 6 runs"):
         plot.draw([run] * 7, tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
+
+
+def whiskers(ax):
+    """The ends of all horizontal whiskers in the order in which they were drawn."""
+    return [(float(low), float(high)) for lines in ax.collections
+            for (low, _), (high, _) in lines.get_segments()]
+
+
+def test_an_empty_thought_is_told_from_guessing_and_thinking(tmp_path, figures):
+    run = write_run(tmp_path / "rpt", rpt_rows())
+    results = [result("base", mode, "easy", accuracy)
+               for mode, accuracy in (("reasoning", 30), ("empty", 25), ("ntp", 20))]
+    (run / "results.json").write_text(json.dumps(results))
+    plot.draw([run], tmp_path / "curves.png")
+    ax = figures[0].axes[1]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "base, NTP", "base, empty thought", "base, reasoning"]
+    bars = [(bar.get_height(), bar.get_hatch()) for bar in ax.patches]
+    assert bars == [(20, None), (25, "////"), (30, None)]
+
+
+def test_table_1_shows_each_number_in_its_row_and_panel(tmp_path, figures):
+    run = write_run(tmp_path / "rpt", rpt_rows(1))
+    (run / "results.json").write_text(json.dumps(
+        [result("runs/rpt/step_9", mode, split, accuracy + more)
+         for split, more in (("hard", 20), ("easy", 0))
+         for mode, accuracy in (("reasoning", 40), ("ntp", 30), ("empty", 35))]))
+    (tmp_path / "base.json").write_text(json.dumps([result("runs/base/step_7", "ntp", "easy", 20)]))
+    plot.draw_table1([tmp_path / "base.json", run], tmp_path / "table1.png")
+    width, height = png_size(tmp_path / "table1.png")
+    assert width / 300 == pytest.approx(plot.COLUMN, abs=0.01) and height / 300 < 3
+    easy, hard = figures[0].axes  # no panel for a split that nobody measured
+    assert titles(figures[0]) == ["easy", "hard"]
+    rows = [label.get_text() for label in easy.get_yticklabels()]
+    assert rows == ["NTP", "NTP", "empty thought", "reasoning"]
+    base, *rpt = [float(tick) for tick in easy.get_yticks()]
+
+    def drawn(ax):
+        return {round(bar.get_y() + bar.get_height() / 2, 6): bar.get_width() for bar in ax.patches}
+    assert drawn(easy) == dict(zip(np.round([base, *rpt], 6), [20, 30, 35, 40]))
+    assert drawn(hard) == dict(zip(np.round(rpt, 6), [50, 55, 60]))  # the base was not measured there
+    assert set(whiskers(hard)) == {(48, 53), (53, 58), (58, 63)}
+    words = [text.get_text() for text in easy.texts]
+    assert words[-2:] == ["base", "rpt"] and set(words[:-2]) == {"20.0", "30.0", "35.0", "40.0"}
+    places = [text.xy[1] for text in easy.texts[-2:]]
+    assert places[0] < base < places[1] < min(rpt)  # each name stands above its own rows
+    assert easy.get_ylim()[0] > easy.get_ylim()[1]  # and rows go down
+
+
+def test_table_1_without_any_accuracy_says_so(tmp_path):
+    (tmp_path / "none.json").write_text("[]")
+    with pytest.raises(ValueError, match="none.json: no accuracy"):
+        plot.draw_table1([tmp_path / "none.json"], tmp_path / "table1.png")
+
+
+def scaled_run(folder, accuracy_at):
+    """Six checkpoints of a run that spends 1e15 FLOPs a step; accuracy_at(FLOPs, split) in percent."""
+    run = write_run(folder, [{"step": step + 1, "flops": 1e15} for step in range(60)])
+    (run / "results.json").write_text(json.dumps(
+        [result(f"runs/{folder.name}/step_{step:06d}", "reasoning", split, accuracy_at(step * 1e15, split))
+         for split in ("hard", "easy") for step in (60, 5, 10, 20, 40, 50)]))
+    return run
+
+
+def test_scaling_draws_the_planted_law_through_its_points(tmp_path, figures):
+    def law(compute, split):
+        return (40 if split == "easy" else 20) - 8 * (compute / 5e15) ** -0.5
+    plot.draw_scaling(scaled_run(tmp_path / "rpt", law), tmp_path / "scaling.png")
+    ax, = figures[0].axes
+    assert ax.get_xscale() == "log"
+    curves = [line for line in ax.lines if len(line.get_xdata()) == 200]
+    points = [container.lines[0] for container in ax.containers]
+    assert len(curves) == len(points) == 2
+    for split, curve, dots in zip(("easy", "hard"), curves, points):
+        colour = plot.COLOURS[plot.SPLITS.index(split)]  # the split's own, also where medium is missing
+        assert curve.get_color() == dots.get_color() == colour
+        assert list(dots.get_xdata()) == pytest.approx([5e15, 1e16, 2e16, 4e16, 5e16, 6e16])
+        assert dots.get_ydata() == pytest.approx([law(compute, split) for compute in dots.get_xdata()])
+        assert curve.get_ydata() == pytest.approx([law(compute, split) for compute in curve.get_xdata()])
+    easy, hard = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert easy.startswith("easy:  $P = -5.7 \\cdot 10^{8} / C^{0.50} +40.0$")  # 8 * 5e15 ** 0.5
+    assert hard.startswith("hard:  $P = -5.7 \\cdot 10^{8} / C^{0.50} +20.0$")
+    assert "R² 1.000 (straight line 0.9" in easy
+    low, high = ax.containers[0].lines[2][0].get_segments()[0][:, 1]
+    assert (low, high) == pytest.approx((30, 35))  # the interval of the first point, 32
+
+
+def test_a_law_that_does_not_hold_is_not_printed(tmp_path, figures):
+    run = scaled_run(tmp_path / "rpt", lambda compute, split: 20 + compute / 1e16)  # bends upwards in log C
+    plot.draw_scaling(run, tmp_path / "scaling.png")
+    for text in figures[0].legends[0].get_texts():
+        assert "not this law" in text.get_text() and "P*" not in text.get_text()
+
+
+def test_a_short_run_still_has_numbers_on_its_compute_axis(tmp_path, figures):
+    run = scaled_run(tmp_path / "rpt", lambda compute, split: 40 - (compute / 5e15) ** -0.5)
+    plot.draw_scaling(run, tmp_path / "scaling.png")
+    ax, = figures[0].axes
+    low, high = ax.get_xlim()
+    labels = [label.get_text().replace(" ", "") for label in ax.get_xticklabels()
+              if low <= label.get_position()[0] <= high]
+    for number in ("5\\times10^{15}", "10^{16}", "5\\times10^{16}"):
+        assert any(number in label for label in labels)
+
+
+def shares(*percents):
+    return dict(zip(plot.GROUPS, percents))
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_patterns_draw_each_share_beside_that_of_the_other_checkpoint(tmp_path, figures, nested):
+    base, rpt = shares(40, 90, 8, 22, 61, 0), shares(45, 80, 2, 57.5, 70, 100)
+    lines = [{"checkpoint": f"runs/{name}/step_9", "n": 200, "compression": 0.3}
+             | ({"groups": groups} if nested else {group.lower(): share for group, share in groups.items()})
+             for name, groups in (("base", base), ("rpt", rpt))]
+    (tmp_path / "patterns.json").write_text(json.dumps(lines))
+    plot.draw_patterns([tmp_path / "patterns.json"], tmp_path / "patterns.png")
+    ax, = figures[0].axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == plot.GROUPS
+    legend = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert legend == ["base (n = 200)", "rpt (n = 200)"]
+    for first, groups in ((0, base), (6, rpt)):
+        bars = ax.patches[first:first + 6]
+        assert [bar.get_width() for bar in bars] == list(groups.values())
+        assert [round(bar.get_y() + bar.get_height() / 2) for bar in bars] == [0, 1, 2, 3, 4, 5]
+    ends = sorted(((bar.get_y(), bar.get_y() + bar.get_height()) for bar in ax.patches))
+    assert all(upper[1] <= lower[0] for upper, lower in zip(ends, ends[1:]))  # no bar hides another
+    assert whiskers(ax)[5] == pytest.approx((0, 1.885), abs=0.001)  # 0 of 200: not "0 for certain"
+
+
+@pytest.mark.parametrize("content", ["[{", "7", "[7]", '[{"checkpoint": "a", "n": 3, "Transition": 1}]'])
+def test_broken_patterns_are_named_by_file(tmp_path, content):
+    (tmp_path / "broken.json").write_text(content)
+    with pytest.raises(ValueError, match="broken.json: not what eval.py patterns writes"):
+        plot.draw_patterns([tmp_path / "broken.json"], tmp_path / "patterns.png")
+
+
+@pytest.mark.parametrize("hits, n", [(0, 10), (3, 10), (57, 200), (200, 200)])
+def test_wilson_ends_are_the_shares_that_the_data_just_do_not_contradict(hits, n):
+    for share, side in zip(plot.wilson(100 * hits / n, n), (1, -1)):
+        p = share / 100
+        assert hits / n - p == pytest.approx(side * 1.96 * (p * (1 - p) / n) ** 0.5, abs=1e-7)
+
+
+def test_each_kind_writes_its_own_file_and_prints_where(tmp_path):
+    pytest.importorskip("matplotlib")
+    run = scaled_run(tmp_path / "rpt", lambda compute, split: 40 - (compute / 5e15) ** -0.5)
+    for arguments, where in (((run, "--kind", "scaling"), run / "scaling.png"),
+                             ((run / "results.json", "--kind", "table1"), run / "table1.png"),
+                             ((run, "--kind", "table1", "--out", tmp_path / "t.pdf"), tmp_path / "t.pdf")):
+        done = run_script(*arguments)
+        assert (done.returncode, done.stdout) == (0, f"{where}\n"), done.stderr
+        assert where.stat().st_size > 5000
+    for arguments, problem in (((run, run, "--kind", "scaling"), "draws one run, got 2"),
+                               ((run, "--kind", "scaling", "--mode", "ntp"), "no ntp accuracy of rpt/step_"),
+                               ((tmp_path / "no.json", "--kind", "table1"), "no.json")):
+        done = run_script(*arguments)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1) and problem in done.stderr
 
 
 def test_missing_matplotlib_says_how_to_get_it(tmp_path, monkeypatch):
