@@ -1,5 +1,6 @@
 """Evaluation: accuracies counted again, positions that do not move, intervals that hold what they promise."""
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,13 @@ from data.tokenizer import Tokenizer
 from eval import choose_positions, interval, ntp_hits, reasoning_groups
 from model import GPT
 from reward import extract_prediction, prefix_match
+from sample import generate
 from tiny import base, corpus, run_here, tiny_model
+from train_rpt import score
+
+
+def box(content):
+    return b"thought" if content is None else b"</think>\\boxed{" + content + b"}"
 
 
 def all_positions(corpus):
@@ -55,16 +62,77 @@ def test_reasoning_accuracy_is_that_of_the_dumped_responses(corpus, base, tmp_pa
             assert r["n"] == len(splits[r["split"]])
 
 
-def test_pass_at_k_counts_positions_and_accuracy_counts_rollouts(corpus, base, monkeypatch):
-    rewards = [[1.0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]]
-    rollouts, predictions = [SimpleNamespace(tokens=[1] * 6)] * 4, [b"x", None, b"y", b"z"]
-    groups = [SimpleNamespace(rewards=r, predictions=predictions, rollouts=rollouts) for r in rewards]
+def test_pass_at_k_counts_positions_accuracy_rollouts_and_hits_of_several_tokens_stand_apart(
+        corpus, base, monkeypatch):
+    truth, rollouts = [b" a", b"b", b" c"], [SimpleNamespace(tokens=[1] * 6)] * 4
+    predictions = [[b" a", None, b"b", b""], [None, b"a", b" ", b"x"], [b" ab", b" ab c", b" a", None]]
+    groups = [score(SimpleNamespace(decode_bytes=box), SimpleNamespace(truth=truth), row)
+              for row in ([SimpleNamespace(tokens=p) for p in row] for row in predictions)]
+    assert [g.rewards for g in groups] == [[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]]
+    groups = [replace(group, rollouts=rollouts) for group in groups]
     monkeypatch.setattr(evaluation, "reasoning_groups", lambda *_: groups)
     args = SimpleNamespace(device="cpu", mode="reasoning", seed=0, samples=4, temperature=1.0, dump=None)
     positions = np.array([[9, 0, 20], [12, 0, 20], [30, 20, 40]])
     line, = evaluation.evaluate(base, corpus, positions, {"easy": [0, 1, 2]}, args)
     assert (line["accuracy"], line["pass_at_k"], line["format_rate"]) == (33.33, 66.67, 75.0)
+    assert (line["one_token"], line["multi_token"]) == (16.67, 16.67)  # 2 of 12 rollouts each
     assert (line["len_mean"], line["samples"], line["n"]) == (6.0, 4, 3)
+
+
+def sampling_args(**changes):
+    usual = dict(template="short", max_prompt_tokens=100, max_new_tokens=10, samples=3, seed=0, temperature=1.0,
+                 max_rows=1000, kv_gb=None, top_k=0, top_p=1.0, min_p=0.0)
+    return SimpleNamespace(**usual | changes)
+
+
+@pytest.mark.parametrize("template", ["short", "v6"])
+def test_an_empty_thought_is_the_same_prompt_and_what_follows_when_the_thought_is_closed_at_once(
+        corpus, base, template):
+    tokenizer = Tokenizer.load(base)
+    model = GPT.from_pretrained(base) if template == "short" else tiny_model(tokenizer.vocab_size, 600)
+    positions, _ = choose_positions(corpus, find_scores(corpus), 6, seed=0)
+    close = tokenizer.special["</think>"]
+    args = sampling_args(template=template, temperature=0, max_prompt_tokens=580, max_new_tokens=12)
+    thinking, empty = (reasoning_groups(model, tokenizer, corpus, positions, args, mode)
+                       for mode in ("reasoning", "empty"))
+    assert [g.question.prompt for g in thinking] == [g.question.prompt for g in empty]
+    for group in empty:
+        prompt = group.question.prompt
+        assert tokenizer.decode_bytes(prompt).endswith((b"<think>", b"<think>\n"))
+        [[greedy]] = generate(model, [prompt + [close]], 1, 11, 0, stop_ids(tokenizer), seed=5)
+        assert [r.tokens for r in group.rollouts] == [[close] + greedy.tokens] * 3
+        response = tokenizer.decode_bytes(group.rollouts[0].tokens)
+        assert response.startswith(b"</think>") and len(group.rollouts[0].tokens) <= 12
+        assert group.predictions[0] == extract_prediction(response)
+    if template == "short":
+        assert any(p is not None for g in empty for p in g.predictions)
+
+
+def test_an_empty_thought_without_room_for_an_answer_is_refused(corpus, base):
+    positions, _ = choose_positions(corpus, find_scores(corpus), 2, seed=0)
+    with pytest.raises(ValueError, match="--max-new-tokens 1 leaves no room after an empty thought of 1 tok"):
+        reasoning_groups(GPT.from_pretrained(base), Tokenizer.load(base), corpus, positions,
+                         sampling_args(max_new_tokens=1), "empty")
+
+
+@pytest.mark.parametrize("asked, modes", [
+    ("ntp", ["ntp"]), ("empty", ["empty"]), ("both", ["ntp", "reasoning"]),
+    ("all", ["ntp", "reasoning", "empty"])])
+def test_a_mode_means_what_it_says_and_dumps_say_which_it_was(corpus, base, tmp_path, asked, modes):
+    code, out, err = run_here("eval.py", "lm", "--corpus", corpus.folder, "--checkpoints", base, "--mode", asked,
+                              "--positions", 3, "--template", "short", "--max-new-tokens", 8,
+                              "--temperature", 0, "--out", tmp_path / "out.json",
+                              "--dump", tmp_path / "dump.jsonl")
+    assert (code, err) == (0, "") and "next-token accuracy, %" in out
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert list(dict.fromkeys(r["mode"] for r in results)) == modes
+    for r in results:
+        parts = r["accuracy"] if r["mode"] == "ntp" else r["one_token"] + r["multi_token"]
+        assert r["accuracy"] == pytest.approx(parts, abs=0.02)
+    if modes != ["ntp"]:
+        dumped = [json.loads(line) for line in (tmp_path / "dump.jsonl").read_text().splitlines()]
+        assert {d["mode"] for d in dumped} == {*modes} - {"ntp"}
+        assert all(d["response"].startswith("</think>") for d in dumped if d["mode"] == "empty")
 
 
 def test_every_split_has_its_own_number_of_positions_above_its_own_threshold(corpus):
@@ -100,10 +168,7 @@ def test_the_seed_chooses_the_positions_and_the_rows_do_not_choose_the_thoughts(
     assert not np.array_equal(positions, choose_positions(corpus, scores, 8, seed=1)[0])
 
     def thoughts(max_rows):
-        args = SimpleNamespace(template="short", max_prompt_tokens=100, max_new_tokens=10, samples=3,
-                               temperature=1.0, seed=0, max_rows=max_rows, kv_gb=None,
-                               top_k=0, top_p=1.0, min_p=0.0)
-        groups = reasoning_groups(model, tokenizer, corpus, positions, args)
+        groups = reasoning_groups(model, tokenizer, corpus, positions, sampling_args(max_rows=max_rows))
         return [[r.tokens for r in group.rollouts] for group in groups]
 
     many, few = thoughts(1000), thoughts(3)
@@ -131,6 +196,17 @@ def test_correlated_documents_make_the_interval_wider_and_it_still_holds():
         held += low <= 0.3 <= high
     assert 0.88 <= held / 200 <= 0.99
     assert np.mean(widths) == pytest.approx(5 ** 0.5, rel=0.1)  # 60 independent values, not 300
+
+
+def test_documents_of_unequal_size_are_drawn_whole_and_the_interval_still_holds_the_truth():
+    rng, held = np.random.default_rng(0), 0
+    for case in range(250):
+        sizes = rng.integers(1, 12, size=80)
+        documents = np.repeat(np.arange(80), sizes)
+        chance = rng.beta(2, 3, size=80)[documents]  # some documents are easier than others; mean 0.4
+        low, high = interval((rng.random(len(documents)) < chance).astype(float), documents, seed=case)
+        held += low <= 0.4 <= high
+    assert 0.91 <= held / 250 <= 0.98
 
 
 def test_without_variance_the_interval_is_a_point():
