@@ -3,6 +3,7 @@
     python train_rpt.py                                                      ten minutes on a laptop: demo.py
     python train_rpt.py --init DIR --corpus C --out-dir RUN --template v6    your model and text (README.md)
     torchrun --standalone --nproc_per_node=8 train_rpt.py --init DIR ...     on eight GPUs: the same update
+    python train_rpt.py --plan --init DIR --gpus 8 --gpu-gb 80 ...           will it fit? Nothing is loaded
 
 Every step, top to bottom at the end of this file:
     ROLLOUT     take B positions in the corpus; the context is the prompt; sample G thoughts with a prediction
@@ -244,16 +245,19 @@ def step_line(steps, m):
             f"train {m['train_tok_s']:,.0f} tok/s | dt {m['dt_gen'] + m['dt_reward'] + m['dt_train']:.1f}s")
 
 
-def parse_args():
+def parse_args(words=None):
+    """words: of the command line; default: those of this process."""
+    words = sys.argv[1:] if words is None else words
+    plan = "--plan" in words             # needs neither text nor a folder, and is most often for other machines
     parser = argparse.ArgumentParser(description="Reinforcement Pre-Training. Without arguments: the demo.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     # what to train
     add("--init", required=True, help="checkpoint folder (Hugging Face layout) to start from")
-    add("--corpus", required=True, help="folder written by data/prepare.py and scored by data/filter.py")
+    add("--corpus", required=not plan, help="folder written by data/prepare.py and scored by data/filter.py")
     add("--proxy", default=None, 
         help="checkpoint whose entropies choose the positions; default: the only one there is")
-    add("--out-dir", required=True, help="folder of this run")
+    add("--out-dir", required=not plan, help="folder of this run")
     add("--entropy-threshold", type=float, default=1.0, help="train on positions above this entropy, nats")
     add("--template", default="v0", help="prompt of data/prompt.py: v0 to v6, or short")
     # sampling
@@ -292,15 +296,19 @@ def parse_args():
     add("--save-every", type=int, default=50, help="steps between checkpoints")
     add("--resume", action="store_true", help="continue the run in --out-dir, if there is one")
     add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    add("--device", default="cuda" if plan or torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     add("--kernels", default=kernels.asked,
         help="torch, fast or bitwise (kernels/__init__.py); default: NANORPT_KERNELS if set, else bitwise on a "
              "GPU, which is to make logp_gap 0, and torch on a CPU")
-    args = parser.parse_args()
+    # before the run
+    add("--plan", action="store_true", help="print the memory that a run with these flags takes, and stop")
+    add("--gpus", type=int, default=8, metavar="N", help="--plan: GPUs (processes with --device cpu)")
+    add("--gpu-gb", type=float, default=80, metavar="GB", help="--plan: memory of each, 10^9 bytes")
+    args = parser.parse_args(words)
     kernels.use(args.kernels)
     args.kernels = kernels.chosen(torch.device(args.device))
     check_range(args, 1, "steps batch_size rollouts max_prompt_tokens max_new_tokens max_rounds max_rows "
-                         "updates_per_batch tokens_per_micro_batch save_every")
+                         "updates_per_batch tokens_per_micro_batch save_every gpus gpu_gb")
     check_range(args, 0, "entropy_threshold lr weight_decay grad_clip clip_low clip_high importance_cap "
                          "entropy_coef ranks_per_copy seed")
     check_range(args, 1e-3, "temperature")
@@ -313,6 +321,9 @@ if __name__ == "__main__":
         import demo
         sys.exit(demo.run())
     args = parse_args()
+    if args.plan:
+        import plan
+        sys.exit(plan.report(args))
     device = parallel.start(args.device)
     corpus = load_corpus(args.corpus)
     checkpoint = checkpoint_to_resume(args)
@@ -376,6 +387,7 @@ if __name__ == "__main__":
         # ---- UPDATE ----------------------------------------------------------------------------------------
         clock = time.perf_counter()
         metrics = policy_step(model, optimizer, kept, advantages, args)
+        optimizer.zero_grad()            # their memory is for the next sampling
         dt_train = time.perf_counter() - clock
 
         # ---- LOG -------------------------------------------------------------------------------------------
