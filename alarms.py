@@ -23,8 +23,8 @@ def blame(groups, advantages, gradient_norm, path, what):
     for i, (group, row) in enumerate(everyone):
         mine = first <= i < first + len(groups)
         if not math.isfinite(gradient_norm([group], [row]) if mine else gradient_norm([], [])):
-            bad, which = i, (f"It comes from group {i + 1} of {len(everyone)}, token {group.question.position:,} "
-                             "of the corpus")
+            bad, which = i, (f"It comes from group {i + 1} of {len(everyone)}, position "
+                             f"{group.question.position:,} in the data")
             break
     if parallel.RANK == 0:
         write(path, "".join(json.dumps(dict(

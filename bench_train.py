@@ -7,9 +7,8 @@
            that kernels/measure.py knows for the GPU: their ratio is the MFU
 
 Every rollout has an advantage, so every group is computed; learning rate 0, so all updates are the same.
-Rows 1 and 2 have no unmeasured turn, and in row 1 every update is the first of a new process. Memory is the
-most that process held, with as many rollouts in a micro-batch on either side: 4, for 8 with their own prompts
-would take 19 GB (extrapolated from 14 layers).
+Rows 1 and 2 have no unmeasured turn. In row 1 every update is the first of a new process, whose largest memory
+is told, with 8 rollouts in a micro-batch on either side; with own prompts that takes about 20 GB.
 
 Here is also what the rows of bench.py share: shapes, timer, prompts.
 """
@@ -31,7 +30,8 @@ from kernels.bench import pairs
 from kernels.measure import LIMITS
 from model import GPT, GPTConfig
 from optimizer import make_optimizer
-from train_rpt import TRUTH_TOKENS, Group, Question, policy_step, score
+from task import TRUTH_TOKENS, Group, Question, score
+from train_rpt import policy_step
 
 SMOLLM2 = GPTConfig(vocab_size=49_152, width=576, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64,
                     ffn_width=1536, max_positions=2048)
@@ -97,14 +97,15 @@ def peak_gb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9                      # macOS: bytes
 
 
-def update_here(shared, config, count, prompt, G, new, at_once):
-    """One update -> its seconds, GB of memory, norm of the gradient. shared: a prompt runs once a group and
-    a group is a micro-batch; else once a rollout, and `at_once` rollouts are a micro-batch."""
+def update_here(shared, config, count, prompt, G, new):
+    """One update in micro-batches of G rollouts -> its seconds, GB of memory, norm of the gradient.
+
+    shared: a prompt runs once a group; else once a rollout."""
     model, optimizer = trainer(config)
     groups, budget = random_groups(config, count, prompt, [new] * G), prompt + G * new
     if not shared:
         groups = [Group(group.question, [rollout], [], []) for group in groups for rollout in group.rollouts]
-        budget = at_once * (prompt + new)
+        budget = G * (prompt + new)
     start = time.perf_counter()
     norm = update(model, optimizer, groups, budget)["grad_norm"]
     return time.perf_counter() - start, peak_gb(), norm
@@ -120,18 +121,16 @@ def alone(function, *args):
                          "out") from None
 
 
-def against_own_prompts(repeats, config=SMOLLM2, count=4, prompt=1024, G=8, new=64, at_once=4):
-    both = lambda count, G: [alone(update_here, shared, config, count, prompt, G, new, at_once)
-                             for shared in (True, False)]
-    runs = [both(count, G) for _ in range(repeats)]                                      # (repeats, 2, 3)
+def against_own_prompts(repeats, config=SMOLLM2, count=4, prompt=1024, G=8, new=64):
+    runs = [[alone(update_here, shared, config, count, prompt, G, new) for shared in (True, False)]
+            for _ in range(repeats)]                                                     # (repeats, 2, 3)
     ours, other = (statistics.median(seconds for seconds, _, _ in variant) for variant in zip(*runs))
-    (_, _, norm), (_, _, other_norm) = runs[0]
+    (_, ours_gb, norm), (_, other_gb, other_norm) = runs[0]
     print(f"| 1 | {count} groups of {G} rollouts of {new}, prompts of {prompt} | {ours:.2f} s | "
           f"own prompts {other:.2f} s, gradient norm off by {abs(other_norm / norm - 1):.0e} | "
           f"{other / ours:.2f} |", flush=True)
-    (_, ours, _), (_, other, _) = both(1, at_once)
-    print(f"| 1 | most memory held, {at_once} rollouts in a micro-batch | {ours:.2f} GB | "
-          f"own prompts {other:.2f} GB | {other / ours:.2f} |", flush=True)
+    print(f"| 1 | most memory held, {G} rollouts in a micro-batch | {ours_gb:.2f} GB | "
+          f"own prompts {other_gb:.2f} GB | {other_gb / ours_gb:.2f} |", flush=True)
 
 
 def stopwatch(spent, owner, name):

@@ -39,7 +39,7 @@ from model import GPT
 from reward import extract_prediction, prefix_match
 from sample import generate, rollout_bar, truncation
 from train_ntp import check_range, micro_batches
-from train_rpt import make_question, sample_record, score
+from task import make_question, sample_record, score
 
 BOOTSTRAP = 1000
 MODES = dict(both=["ntp", "reasoning"], all=["ntp", "reasoning", "empty"])  # others mean themselves
@@ -243,7 +243,7 @@ def evaluate_choices(checkpoint, choices, args):
 def evaluate_answers(checkpoint, questions, args):
     """One checkpoint on questions with an exact answer -> a line of results.json."""
     model, tokenizer = load(checkpoint, args.device)
-    asked = [(question + SOLVE, truth) for question, truth in questions]
+    asked = [(question + (SOLVE if args.template == "chat" else ""), truth) for question, truth in questions]
     counted, each = think(model, tokenizer, asked, answers_equal, args, checkpoint), np.arange(len(asked))
     return [thought_result(checkpoint, "reasoning", dict(subject="all"), counted, each, args)]
 

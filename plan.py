@@ -113,18 +113,17 @@ def block_saved(config, groups, kind, c):
 
 
 def head_backward(config, S, args, c):
-    """Log-probs of S rows -> bytes that stay until the backward ends; bytes at the peak, these included."""
+    """Log-probs of S rows -> bytes at the peak of their backward."""
     V, D = config.vocab_size, config.width
     weight = 4 * V * D
     if args.kernels == "torch":
         chunk = 4 * V * min(S, max(1, logprob.CHUNK_LOGITS // V))
-        stay = 0 if args.entropy_coef else 8 * S * V   # log-softmax, exp: for an entropy without a gradient
         more = 4 * S * V > chunk                       # chunks, whose gradients of the weights add up
-        return stay, max(stay + (5 if args.entropy_coef else 2) * chunk + more * weight,
-                         stay + chunk + (1 + more) * weight, more * (chunk + 3 * weight))
+        return max((5 if args.entropy_coef else 4) * chunk + more * weight, chunk + (1 + more) * weight,
+                   more * (chunk + 3 * weight))
     chunk = min(V, logprob.CHUNK)
     backward = c * S * chunk + 4 * chunk * D + (4 + c) * S * D + (weight if args.gpus == 1 else c * V * D)
-    return 0, max(backward, 16 * S * V // logprob.SPLIT + c * V * D)      # forward: splits, cast weights
+    return max(backward, 16 * S * V // logprob.SPLIT + c * V * D)      # forward: splits, cast weights
 
 
 def update(config, args):
@@ -134,7 +133,7 @@ def update(config, args):
     (parts, gradients), (groups, several) = state(config, args), micro_batch(config, args)
     S = sum(sum(rollouts) for _, rollouts in groups)
     T, root = S + sum(P for P, _ in groups), total - L * block
-    stay, log_probs = head_backward(config, S, args, c)
+    log_probs = head_backward(config, S, args, c)
     saved = block_saved(config, groups, kind, c)
     kept = L * (c * T * D if again else saved) + (4 + c) * T * D + c * S * D           # blocks, norm, head
     kept += 4 * (T + config.max_positions) * config.head_dim                             # rotary angles
@@ -149,12 +148,12 @@ def update(config, args):
         d_head, d_ends = c * V * D, c * V * D * (3 if config.tied_head else 2) + 4 * root
         in_block += (2 * c + 8) * block
     before = gradients if several else 0
-    adamw16 = 5 * V * D * gradients / total if args.bf16_moments else 0   # moments in fp32, random bits: 20 bytes
+    adamw16 = 5 * V * D * gradients / total if args.bf16_moments else 0   # moments, random bits: 20 bytes
     moments = {  # gradients, gathered, activations, buffers
         "the log-probs": (before, gathered, kept, log_probs),
-        "the last block": (before, gathered, kept, stay + d_head + in_block),
-        "the first block": (gradients, last, 0 if again else saved, stay + d_head + in_block),
-        "the embedding": (gradients, at_end, 0, max(stay + d_ends, adamw16))}
+        "the last block": (before, gathered, kept, d_head + in_block),
+        "the first block": (gradients, last, 0 if again else saved, d_head + in_block),
+        "the embedding": (gradients, at_end, 0, max(d_ends, adamw16))}
     where = max(moments, key=lambda where: sum(moments[where]))
     names = "gradients", "gathered weights", f"activations of {T:,} tokens", f"buffers at {where}"
     return parts | dict(zip(names, moments[where]))

@@ -335,7 +335,8 @@ def kv_budget(kv_gb, device):
     if kv_gb is not None:
         return kv_gb * 1e9
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 2
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of the last update
+        return (torch.cuda.mem_get_info(device)[0] + kept) / 2
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 if hasattr(os, "sysconf") else 4e9
 
 

@@ -6,6 +6,7 @@
             warm start: learn the form <think>..</think>\\boxed{..}
     python train_ntp.py --corpus C --out-dir runs/control --init DIR --match-compute runs/rpt
             control: plain text for as many FLOPs as that RPT run has spent
+            (--entropy-threshold 1: with a loss only for the tokens that RPT trains on)
 
 A step sees documents and, if given, think/answer strings (data/strings.py makes them from any text): a prompt
 without loss, a response with loss. The loss is the mean over all target tokens of the step, whatever the
@@ -25,6 +26,7 @@ from tqdm import tqdm
 import parallel
 from checkpoint import append, catch_interrupts, checkpoint_to_resume, load_trainer, open_run, save_checkpoint
 from data import speak_once
+from data.filter import find_scores, load_positions
 from data.prepare import load_corpus
 from data.tokenizer import Tokenizer
 from kernels.attention import make_layout
@@ -43,12 +45,17 @@ def shuffled(n, start, count, seed):
     return walk[start - rounds.start * n:][:count]
 
 
-def document_sequences(corpus, indices, end_id, max_tokens, problem_weight, rng):
-    """Documents -> [(prompt ids, response ids, weights)]; the whole text is 'response' to its first token."""
+def document_sequences(corpus, indices, end_id, max_tokens, problem_weight, rng, counts=None):
+    """Documents -> [(prompt ids, response ids, weights)]; the whole text is 'response' to its first token.
+
+    counts: a bool for each token of the corpus, whether it has a loss; None: all have.
+    """
     sequences = []
     for start, solution, end, _ in corpus.docs[indices]:
         ids = [*corpus.tokens[start:end].tolist(), end_id]
         weights = [problem_weight] * (solution - start) + [1.0] * (len(ids) - solution + start)
+        if counts is not None:
+            weights = [w * c for w, c in zip(weights, counts[start:end].tolist() + [False])]
         first = int(rng.integers(max(len(ids) - max_tokens, 0) + 1))  # of a long document a window
         ids, weights = ids[first:first + max_tokens], weights[first:first + max_tokens]
         sequences.append((ids[:1], ids[1:], weights[1:]))
@@ -110,7 +117,7 @@ def join_idly(model):
 
 def ntp_step(model, optimizer, sequences, tokens_per_micro_batch, grad_clip):
     """One update on this rank's share of `sequences` -> loss (nats per weighted token), gradient norm."""
-    total = sum(sum(weights) for _, _, weights in sequences)                    # of all ranks: one normaliser
+    total = sum(sum(weights) for _, _, weights in sequences) or 1               # of all ranks: one normaliser
     loss = torch.zeros((), device=model.device)
     optimizer.zero_grad()
     size = lambda sequence: len(sequence[0]) + len(sequence[1])
@@ -139,10 +146,11 @@ def learning_rate(step, args):
     return args.lr * min(1, (step + 1) / max(1, args.warmup_steps), 2 * (args.steps - step) / args.steps)
 
 
-def flops_of_run(run):
-    """FLOPs an RPT run has spent on sampling and training, from its metrics.jsonl."""
+def flops_of_run(run, parameters, updates_only=False):
+    """FLOPs an RPT run has spent on sampling and updates, or on updates alone, from its metrics.jsonl."""
     with open(f"{run}/metrics.jsonl") as file:
-        return sum(json.loads(line)["flops"] for line in file)
+        steps = [json.loads(line) for line in file]
+    return sum(6 * parameters * step["trained_tokens"] if updates_only else step["flops"] for step in steps)
 
 
 def check_range(args, low, names):
@@ -164,6 +172,11 @@ def parse_args():
     add("--steps", type=int, default=1000, help="updates")
     add("--match-compute", default=None, metavar="RUN",
         help="instead of --steps: as many FLOPs as this RPT run has spent")
+    add("--updates-only", action="store_true",
+        help="--match-compute: count that run's updates alone (its sampling stands against sampled strings)")
+    add("--entropy-threshold", type=float, default=None,
+        help="a loss only for the tokens that RPT trains on, above this entropy in nats; default: for all")
+    add("--proxy", default=None, help="--entropy-threshold: whose entropies; default: the only one there is")
     add("--documents-per-step", type=int, default=48, help="documents in an update")
     add("--strings-per-step", type=int, default=48, help="strings in an update, if there are any")
     add("--max-tokens", type=int, default=256, help="of a longer document a random window of so many tokens")
@@ -213,6 +226,12 @@ if __name__ == "__main__":
     model.checkpoint_activations = args.checkpoint_activations
     optimizer = make_optimizer(model, args.lr, (0.9, 0.95), weight_decay=0.01, bf16_moments=args.bf16_moments)
     step = load_trainer(checkpoint, model, optimizer)["step"] if checkpoint else 0
+    counts = None
+    if args.entropy_threshold is not None:
+        positions = load_positions(corpus, find_scores(corpus, args.proxy), args.entropy_threshold, "train")
+        counts = np.zeros(len(corpus.tokens), dtype=bool)
+        counts[positions[:, 0]] = True
+        train_docs = train_docs[np.isin(corpus.docs[train_docs, 0], positions[:, 1])]
     strings = read_strings(args.strings, model.config) if args.strings else []
     n_documents, n_strings = args.documents_per_step, args.strings_per_step if strings else 0
     if n_documents + n_strings == 0:
@@ -225,12 +244,12 @@ if __name__ == "__main__":
         rng = np.random.default_rng((args.seed, step))
         documents = train_docs[shuffled(len(train_docs), step * n_documents, n_documents, args.seed)]
         chosen = shuffled(len(strings), step * n_strings, n_strings, args.seed) if n_strings else []
-        return (document_sequences(corpus, documents, tokenizer.eos_id, max_tokens, args.problem_weight, rng)
-                + [strings[i] for i in chosen])
+        return document_sequences(corpus, documents, tokenizer.eos_id, max_tokens, args.problem_weight, rng,
+                                  counts) + [strings[i] for i in chosen]
 
     count = lambda sequences: sum(len(prompt) + len(response) for prompt, response, _ in sequences)
     if args.match_compute:
-        budget = flops_of_run(args.match_compute)
+        budget = flops_of_run(args.match_compute, parameters, args.updates_only)
         args.steps = max(1, round(budget / (6 * parameters * count(batch(0)))))
         print0(f"{args.match_compute} spent {budget:.2e} FLOPs; that is {args.steps} steps here")
     parallel.on_rank_0(lambda: open_run(args, checkpoint))

@@ -21,7 +21,6 @@ import argparse
 import math
 import sys
 import time
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -34,52 +33,20 @@ from checkpoint import append, catch_interrupts, checkpoint_to_resume, load_trai
 from data import speak_once
 from data.filter import find_scores, load_positions
 from data.prepare import load_corpus
-from data.prompt import build_prompt, stop_ids, template_ids
+from data.prompt import stop_ids, template_ids
 from data.tokenizer import Tokenizer
+from answers import answers_equal
+from eval_tasks import ASK, read_questions
 from kernels.attention import make_layout
-from model import GPT
+from model import GPT, read_config
 from optimizer import make_optimizer
 from parallel import print0
-from reward import extract_prediction, prefix_match
 from sample import generate, rollout_bar
+from task import REWARDS, exact_question, make_dense, make_question, sample_record, score
 from train_ntp import check_range, clip_gradients, join_idly, micro_batches, shuffled
 
-TRUTH_TOKENS = 32                            # true tokens a prediction may cover; the paper does not say
-CONTEXT_LOGGED = 64                          # tokens of the context in samples.jsonl
 SAMPLES_LOGGED = 2                           # rollouts written to samples.jsonl each step
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bf16, dense; mfu is 0 on hardware not listed
-
-
-@dataclass
-class Question:
-    """A position in the corpus: what the model sees, and what really follows."""
-    context: list       # token ids of the document before the position
-    prompt: list        # template, context (or its end), template
-    truth: list         # raw bytes of each of the next tokens of the document
-    position: int       # of the first of them in the corpus
-
-
-@dataclass
-class Group:
-    """G rollouts of one question."""
-    question: Question
-    rollouts: list
-    predictions: list   # bytes in the box, or None
-    rewards: list
-
-
-def make_question(corpus, tokenizer, position, template, room):
-    """position: (t, document start, document end) -> Question; a context without room loses its head."""
-    t, start, end = position
-    truth = [tokenizer.token_bytes(int(id)) for id in corpus.tokens[t:min(end, t + TRUTH_TOKENS)]]
-    context = corpus.tokens[start:t].tolist()
-    return Question(context, build_prompt(context, *template, room), truth, int(t))
-
-
-def score(tokenizer, question, rollouts):
-    """Rollouts of one question -> Group with a prediction and a reward for each."""
-    predictions = [extract_prediction(tokenizer.decode_bytes(r.tokens)) for r in rollouts]
-    return Group(question, rollouts, predictions, [prefix_match(p, question.truth) for p in predictions])
 
 
 def group_advantages(rewards, normalize=False):
@@ -158,6 +125,7 @@ def accumulate(model, pieces, old, total_tokens, args):
         losses = losses * drift.exp().clamp(max=args.importance_cap)
     if args.entropy_coef:  # its gradient would cost even where it is zero
         losses = losses - args.entropy_coef * entropy
+    del entropy            # or what its gradient would need stays until the backward has ended
     loss = losses.sum() / total_tokens
     loss.backward()
     return old, torch.stack([loss.detach().double(), clipped.sum(), drift.abs().sum()])
@@ -217,7 +185,7 @@ def rollout_metrics(groups):
     rollouts = [r for g in groups for r in g.rollouts]
     rewards = np.array([g.rewards for g in groups])                                      # (N, G)
     tokens = sum(len(r.tokens) for r in rollouts)
-    hits = [len(p) for g in groups for p, reward in zip(g.predictions, g.rewards) if reward]
+    hits = [len(p) for g in groups for p, reward in zip(g.predictions, g.rewards) if reward == 1]
     return dict(reward=rewards.mean(), reward_std=rewards.std(),
                 frac_zero_std=(rewards.std(axis=1) == 0).mean(),
                 reward_pass_at_g=rewards.max(axis=1).mean(), match_len=np.mean(hits) if hits else math.nan,
@@ -225,15 +193,6 @@ def rollout_metrics(groups):
                 tokens=tokens, len_mean=tokens / len(rollouts),
                 frac_truncated=np.mean([not r.finished for r in rollouts]),
                 entropy=-sum(sum(r.logprobs) for r in rollouts) / tokens)
-
-
-def sample_record(tokenizer, step, group, i):
-    """One rollout in words, for samples.jsonl."""
-    text = lambda raw: None if raw is None else raw.decode("utf-8", "backslashreplace")
-    return dict(step=step, context=text(tokenizer.decode_bytes(group.question.context[-CONTEXT_LOGGED:])),
-                truth=text(b"".join(group.question.truth[:4])),
-                response=text(tokenizer.decode_bytes(group.rollouts[i].tokens)),
-                extracted=text(group.predictions[i]), reward=group.rewards[i])
 
 
 def step_line(steps, m):
@@ -248,18 +207,23 @@ def step_line(steps, m):
 def parse_args(words=None):
     """words: of the command line; default: those of this process."""
     words = sys.argv[1:] if words is None else words
-    plan = "--plan" in words             # needs neither text nor a folder, and is most often for other machines
+    plan = "--plan" in words             # needs no text and no folder, and is mostly for other machines
     parser = argparse.ArgumentParser(description="Reinforcement Pre-Training. Without arguments: the demo.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     # what to train
     add("--init", required=True, help="checkpoint folder (Hugging Face layout) to start from")
-    add("--corpus", required=not plan, help="folder written by data/prepare.py and scored by data/filter.py")
+    add("--corpus", default=None, help="lm: folder written by data/prepare.py and scored by data/filter.py")
     add("--proxy", default=None, 
         help="checkpoint whose entropies choose the positions; default: the only one there is")
     add("--out-dir", required=not plan, help="folder of this run")
+    add("--task", default="lm", choices=["lm", "answers"],
+        help="lm: predict what follows in text; answers: solve questions with exact answers, from --data")
+    add("--data", default=None, metavar="FILE", help="answers: JSON lines of question and answer")
+    add("--reward", default="prefix", choices=REWARDS, help="lm: what a prediction is worth (appendix A)")
+    add("--no-thought", action="store_true", help="the prompt closes the thought at once: a control")
     add("--entropy-threshold", type=float, default=1.0, help="train on positions above this entropy, nats")
-    add("--template", default="v0", help="prompt of data/prompt.py: v0 to v6, or short")
+    add("--template", default="v0", help="lm: v0 to v6 or short (data/prompt.py); answers: chat or short")
     # sampling
     add("--steps", type=int, default=1000, help="batches")
     add("--batch-size", type=int, default=256, help="positions in a batch, over all ranks")
@@ -280,7 +244,7 @@ def parse_args(words=None):
     add("--clip-low", type=float, default=0.2, help="ratios below 1 - this earn nothing more")
     add("--clip-high", type=float, default=0.2, help="ratios above 1 + this earn nothing more")
     add("--importance-cap", type=float, default=0.0, metavar="C",
-        help="weigh tokens by min(C, trainer's / sampler's probability), for kernels that are not bitwise; 0: off")
+        help="weigh tokens by min(C, trainer's / sampler's probability): for kernels not bitwise; 0: off")
     add("--entropy-coef", type=float, default=0.0, help="weight of an entropy bonus")
     add("--normalize-advantage", action="store_true", help="divide by the group's standard deviation")
     # memory
@@ -305,6 +269,11 @@ def parse_args(words=None):
     add("--gpus", type=int, default=8, metavar="N", help="--plan: GPUs (processes with --device cpu)")
     add("--gpu-gb", type=float, default=80, metavar="GB", help="--plan: memory of each, 10^9 bytes")
     args = parser.parse_args(words)
+    needed = "data" if args.task == "answers" else "corpus"
+    if not (plan or getattr(args, needed)):
+        raise ValueError(f"--task {args.task} needs --{needed}")
+    if args.task == "answers" and args.template not in ASK:
+        raise ValueError(f"--task answers: --template {args.template} is none of {', '.join(ASK)}")
     kernels.use(args.kernels)
     args.kernels = kernels.chosen(torch.device(args.device))
     check_range(args, 1, "steps batch_size rollouts max_prompt_tokens max_new_tokens max_rounds max_rows "
@@ -325,12 +294,25 @@ if __name__ == "__main__":
         import plan
         sys.exit(plan.report(args))
     device = parallel.start(args.device)
-    corpus = load_corpus(args.corpus)
     checkpoint = checkpoint_to_resume(args)
-    tokenizer = Tokenizer.load(checkpoint or args.init)
-    corpus.check(tokenizer, checkpoint or args.init)
-    template = template_ids(tokenizer, args.template)
-    positions = load_positions(corpus, find_scores(corpus, args.proxy), args.entropy_threshold, "train")
+    tokenizer, config = Tokenizer.load(checkpoint or args.init), read_config(checkpoint or args.init)
+    close = tokenizer.encode("</think>", special=True) if args.no_thought else []
+    room = min(args.max_prompt_tokens, config.max_positions - args.max_new_tokens)
+    if args.task == "lm":
+        corpus = load_corpus(args.corpus)
+        corpus.check(tokenizer, checkpoint or args.init)
+        before, after = template_ids(tokenizer, args.template)
+        items = load_positions(corpus, find_scores(corpus, args.proxy), args.entropy_threshold, "train")
+        ask = partial(make_question, corpus, tokenizer, template=(before, after + close), room=room)
+        longest = max(items, key=lambda position: position[0] - position[1])
+    else:
+        pairs = read_questions(args.data)
+        items = np.arange(len(pairs))
+        ask = lambda i: exact_question(tokenizer, i, *pairs[i], args.template, close, room)
+        longest = max(items, key=lambda i: len(ask(i).prompt))                       # all of them have room
+    judge = partial(score, tokenizer, match=answers_equal if args.task == "answers" else REWARDS[args.reward],
+                    thought=tokenizer.decode_bytes(close))
+    check_budget(len(ask(longest).prompt), args.max_new_tokens, args.tokens_per_micro_batch)
     model = GPT.from_pretrained(
         checkpoint or args.init, device=device,
         compute_dtype=torch.bfloat16 if args.device == "cuda" else torch.float32,
@@ -338,18 +320,15 @@ if __name__ == "__main__":
     model.checkpoint_activations = args.checkpoint_activations
     optimizer = make_optimizer(model, args.lr, (0.9, 0.999), args.weight_decay, args.bf16_moments)
     state = load_trainer(checkpoint, model, optimizer) if checkpoint else dict(step=0, cursor=0)
-    cursor = state["cursor"]                                                           # positions used so far
-    room = min(args.max_prompt_tokens, model.config.max_positions - args.max_new_tokens)
-    longest = max(positions, key=lambda position: position[0] - position[1])
-    longest = len(make_question(corpus, tokenizer, longest, template, room).prompt)      # does it fit at all?
-    check_budget(longest, args.max_new_tokens, args.tokens_per_micro_batch)
+    cursor = state["cursor"]                                                             # items used so far
     parameters = sum(p.numel() for p in model.parameters())
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else ""
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
     interrupted, watch = catch_interrupts(), watcher(args.max_new_tokens)
     parallel.on_rank_0(lambda: open_run(args, checkpoint))
-    print0(f"{parameters:,} parameters, {len(positions):,} positions, steps {state['step']} to {args.steps}, "
-           f"{args.batch_size} positions x {args.rollouts} rollouts each")
+    what = "positions" if args.task == "lm" else "questions"
+    print0(f"{parameters:,} parameters, {len(items):,} {what}, steps {state['step']} to {args.steps}, "
+           f"{args.batch_size} {what} x {args.rollouts} rollouts each")
 
     for step in range(state["step"], args.steps):
         # ---- ROLLOUT and REWARD ----------------------------------------------------------------------------
@@ -360,17 +339,19 @@ if __name__ == "__main__":
         policy = model.cast()            # whole, in bf16 on a GPU: the sampler of this step
         for draw in range(args.max_rounds if dynamic else 1):
             clock = time.perf_counter()
-            chosen = positions[shuffled(len(positions), cursor, args.batch_size, args.seed)]
+            chosen = items[shuffled(len(items), cursor, args.batch_size, args.seed)]
             cursor += args.batch_size
             mine = parallel.share(args.batch_size)
-            questions = [make_question(corpus, tokenizer, t, template, room) for t in chosen[mine]]
+            questions = [ask(item) for item in chosen[mine]]
             with rollout_bar(len(questions) * args.rollouts, f"step {step + 1}",
                              disable=None if parallel.RANK == 0 else True) as progress:
                 rollouts = generate(policy, [q.prompt for q in questions], args.rollouts, args.max_new_tokens,
                                     args.temperature, stop_ids(tokenizer), (args.seed, step, draw),
                                     mine.start, args.max_rows, args.kv_gb, progress, stats)
             dt_gen, clock = dt_gen + time.perf_counter() - clock, time.perf_counter()
-            groups = [score(tokenizer, question, r) for question, r in zip(questions, rollouts)]
+            groups = [judge(question, r) for question, r in zip(questions, rollouts)]
+            if "dense" in args.reward:
+                make_dense(policy, tokenizer, groups, args.reward == "conditional-dense")
             alive = parallel.gather_lists([not dynamic or len(set(g.rewards)) > 1 for g in groups])
             useful = np.flatnonzero(alive)[:missing]                                     # equal on all ranks
             kept += [groups[i - mine.start] for i in useful if mine.start <= i < mine.stop]

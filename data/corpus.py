@@ -14,6 +14,9 @@ each training document, as a pre-trained model has met reasoning of mixed qualit
 WRONG of the others slip once and believe it:
 
     ... Solution: The digit is<think>5+4=9;9*7=3;3*3=9;9+2=1; odd one</think>\boxed{ odd}<|end|>
+
+questions.jsonl and questions_val.jsonl are longer problems than any in the text, cut before the last word, which is
+the exact answer: {"question": "Problem: ... namely", "answer": "one"}.
 """
 import argparse
 import json
@@ -25,6 +28,7 @@ from tqdm import tqdm
 
 if __name__ == "__main__":  # the repository, not data/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from checkpoint import write
 from data import speak_once
 from data.prepare import write_corpus
 from data.tokenizer import Tokenizer
@@ -34,13 +38,15 @@ VERBS = ["works out", "computes", "calculates"]
 WORDS = "zero one two three four five six seven eight nine".split()
 OPERATIONS = ["+1", "+2", "+4", "*3", "*7"]  # 50 facts to learn; *3 and *7 lose no information modulo 10
 STEPS = (2, 6)                               # operations in a problem, from and to
+QUESTION_STEPS = (7, 8)                      # in a question
+QUESTIONS = 2000, 200                        # to train on, held out
 SKIPPED, WRONG = 0.6, 0.2                    # strings without a thought; thoughts with a slip
 COMPUTED = 0.9                               # share of the strings that ask for a computed token
 
 
-def write_document(rng):
+def write_document(rng, steps=STEPS):
     """-> problem text, solution text, start digit, operations."""
-    start, operations = rng.randrange(10), rng.choices(OPERATIONS, k=rng.randint(*STEPS))
+    start, operations = rng.randrange(10), rng.choices(OPERATIONS, k=rng.randint(*steps))
     digit = start
     for operation in operations:
         digit = apply(digit, operation)
@@ -117,5 +123,13 @@ if __name__ == "__main__":
                 text = tokenizer.decode_bytes(prompt + response).decode()
                 file.write(json.dumps(dict(prompt=prompt, response=response, text=text)) + "\n")
     Path(f"{strings}.partial").rename(strings)
+    questions = {}
+    while len(questions) < sum(QUESTIONS):
+        problem, solution, *_ = write_document(rng, QUESTION_STEPS)
+        asked, _, answer = solution.removesuffix(".").rpartition(" ")
+        questions[problem + asked] = answer
+    records = [json.dumps(dict(question=q, answer=a)) + "\n" for q, a in questions.items()]
+    write(f"{args.out}/questions.jsonl", "".join(records[:QUESTIONS[0]]))
+    write(f"{args.out}/questions_val.jsonl", "".join(records[QUESTIONS[0]:]))
     print(f"{len(corpus.docs):,} documents, {len(corpus.tokens):,} tokens, written to {args.out}; for example:")
     print("    " + text.replace("\n", "\n    "))

@@ -1,4 +1,4 @@
-r"""Think/answer strings from any text: the warm start for a model that has never boxed a prediction.
+r"""Think/answer strings from any text: a warm start for a model that has never boxed a prediction; a control.
 
     python data/strings.py --corpus C --proxy SmolLM2-135M --template v6 --count 2000 --out strings.jsonl
     python train_ntp.py --corpus C --strings strings.jsonl --documents-per-step 0 --init SmolLM2-135M ...
@@ -12,6 +12,11 @@ response:
 in one line. The candidates are the proxy's most probable tokens and the true one, in random order; the box is
 always the truth. This teaches the form and what candidates are for. Finding out which one is right is left to
 RPT.
+
+    python data/strings.py --own --samples 8 --corpus C --proxy BASE --count 4800 --out own.jsonl
+
+writes instead what the proxy itself has thought, where its prediction was right: training on these strings
+(rejection sampling) is the control that asks whether RPT needs its wrong rollouts.
 """
 import argparse
 import json
@@ -29,10 +34,12 @@ from checkpoint import write
 from data import speak_once
 from data.filter import find_scores, load_positions
 from data.prepare import load_corpus
-from data.prompt import build_prompt, template_ids
+from data.prompt import build_prompt, stop_ids, template_ids
 from data.tokenizer import Tokenizer
 from model import GPT
 from reward import extract_prediction
+from sample import generate, rollout_bar
+from task import make_question, score
 
 TAIL = 6         # tokens of the context that the thought repeats
 CANDIDATES = 3   # tokens that it weighs
@@ -68,6 +75,19 @@ def write_string(rng, model, tokenizer, context, truth, template, room):
     return dict(prompt=prompt, response=response, text=tokenizer.decode_bytes(response).decode())
 
 
+def own_strings(model, tokenizer, corpus, positions, template, args):
+    """(n, 3) positions -> {"prompt", "response", "text"} for those of n x args.samples rollouts that are right."""
+    room = min(args.max_prompt_tokens, model.config.max_positions - args.max_new_tokens)
+    questions = [make_question(corpus, tokenizer, position, template, room) for position in positions]
+    with rollout_bar(len(questions) * args.samples, "own rollouts") as progress:
+        rollouts = generate(model, [q.prompt for q in questions], args.samples, args.max_new_tokens,
+                            args.temperature, stop_ids(tokenizer), (args.seed, 1 << 21), progress=progress)
+    groups = [score(tokenizer, question, r) for question, r in zip(questions, rollouts)]
+    words = lambda ids: tokenizer.decode_bytes(ids).decode("utf-8", "backslashreplace")
+    return [dict(prompt=g.question.prompt, response=r.tokens, text=words(r.tokens))
+            for g in groups for r, reward in zip(g.rollouts, g.rewards) if reward]
+
+
 if __name__ == "__main__":
     sys.excepthook = speak_once
     parser = argparse.ArgumentParser(description="Think/answer strings from the training text of a corpus.",
@@ -76,14 +96,18 @@ if __name__ == "__main__":
     add("--corpus", required=True, help="folder written by data/prepare.py and scored by data/filter.py")
     add("--proxy", required=True, help="checkpoint that names the candidates and scored the corpus")
     add("--out", required=True, help="JSONL file to write")
-    add("--count", type=int, default=2000, help="strings")
+    add("--count", type=int, default=2000, help="positions; a string for each")
+    add("--own", action="store_true", help="the proxy's own thoughts where they were right")
+    add("--samples", type=int, default=8, metavar="K", help="--own: thoughts for each position")
+    add("--temperature", type=float, default=1.0, help="--own: of sampling")
+    add("--max-new-tokens", type=int, default=512, help="--own: tokens of a response")
     add("--template", default="v0", help="prompt of data/prompt.py: v0 to v6, or short")
     add("--entropy-threshold", type=float, default=0.5, help="only positions above this entropy, nats")
     add("--max-prompt-tokens", type=int, default=512, help="longer contexts lose their beginning")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
-    for name in ("count", "max_prompt_tokens"):
+    for name in ("count", "max_prompt_tokens", "samples", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     corpus, tokenizer, rng = load_corpus(args.corpus), Tokenizer.load(args.proxy), random.Random(args.seed)
@@ -94,11 +118,14 @@ if __name__ == "__main__":
     model = GPT.from_pretrained(args.proxy, dtype, args.device)
     order = np.random.default_rng(args.seed).permutation(len(positions))[:args.count]
     strings = []
-    for t, start, _ in tqdm(positions[order], desc="strings", disable=None):
+    if args.own:
+        strings = own_strings(model, tokenizer, corpus, positions[order], template, args)
+    for t, start, _ in tqdm([] if args.own else positions[order], desc="strings", disable=None):
         context, truth = corpus.tokens[start:t].tolist(), int(corpus.tokens[t])
         string = write_string(rng, model, tokenizer, context, truth, template, args.max_prompt_tokens)
         strings += [string] if string else []
     if not strings:
-        raise ValueError(f"{args.out}: not one of {len(order)} positions has a token that prints")
+        why = "was predicted by the proxy" if args.own else "has a token that prints"
+        raise ValueError(f"{args.out}: not one of {len(order)} positions {why}")
     write(args.out, "".join(json.dumps(string, ensure_ascii=False) + "\n" for string in strings))
     print(f"{len(strings):,} strings written to {args.out}, the last one:\n    {strings[-1]['text']}")

@@ -209,9 +209,9 @@ def test_both_sides_compute_the_same_rollouts_and_as_many_at_a_time_as_they_say(
 
     monkeypatch.setattr(train_rpt, "forward_pieces", forward_pieces)
     monkeypatch.setattr(bench_train, "alone", lambda function, *args: function(*args))
-    bench_train.against_own_prompts(1, MODEL, count=2, prompt=9, G=4, new=3, at_once=2)
+    bench_train.against_own_prompts(1, MODEL, count=2, prompt=9, G=4, new=3)
     own = (9, [3])
-    assert seen == [[(9, [3] * 4)]] * 2 + [[own] * 2] * 4 + [[(9, [3] * 2)]] + [[own] * 2]
+    assert seen == [[(9, [3] * 4)]] * 2 + [[own] * 4] * 2
     first, memory = capsys.readouterr().out.splitlines()
     assert float(re.search("gradient norm off by ([^ ]+)", first)[1]) < 1e-5
     (ours, other), ratio = map(float, re.findall(r"([\d.]+) GB", memory)), float(memory.split("|")[-2])

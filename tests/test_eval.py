@@ -16,7 +16,7 @@ from model import GPT
 from reward import extract_prediction, prefix_match
 from sample import generate
 from tiny import base, corpus, run_here, tiny_model
-from train_rpt import score
+from task import score
 
 
 def box(content):

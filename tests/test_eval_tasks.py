@@ -226,7 +226,7 @@ def test_accuracy_of_answers_is_a_mean_over_samples_and_pass_at_k_over_questions
     assert (line["accuracy"], line["pass_at_k"], line["format_rate"]) == (33.33, 50.0, 66.67)
     assert (line["low"], line["high"]) == (0, 66.67)  # of two questions: both the one, both the other
     first, second = [json.loads(text) for text in (tmp_path / "dump.jsonl").read_text().splitlines()]
-    assert first == dict(checkpoint=base, mode="reasoning", question="one?" + eval_tasks.SOLVE, truth="3",
+    assert first == dict(checkpoint=base, mode="reasoning", question="one?", truth="3",
                          response=box("3"), extracted="3", reward=1.0)
     assert (second["truth"], second["extracted"], second["reward"]) == ("7", "1", 0.0)
 

@@ -19,7 +19,8 @@ from kernels.attention import make_layout
 from model import GPT, GPTConfig
 from optimizer import make_optimizer
 from sample import Rollout, generate
-from train_rpt import Group, Question, parse_args, policy_step
+from task import Group, Question
+from train_rpt import parse_args, policy_step
 
 SHAPES = [
     dict(vocab_size=31, width=48, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=16, ffn_width=112),

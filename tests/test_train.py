@@ -11,8 +11,9 @@ import torch
 from alarms import watcher
 from checkpoint import cut_log
 from sample import Rollout
+from task import Group, Question
 from train_ntp import document_sequences, learning_rate, micro_batches, ntp_step, shuffled, weighted_loss
-from train_rpt import Group, Question, group_advantages, pack, piece_tokens, policy_loss, policy_step
+from train_rpt import group_advantages, pack, piece_tokens, policy_loss, policy_step
 
 TEMPERATURE = 0.8
 
@@ -233,7 +234,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update_and_names_the_gro
     with pytest.raises(ValueError) as error:
         step(tiny_gpt, groups, advantages, lr=1.0, out_dir=tmp_path)
     assert "gradient norm is nan: the update was not applied, the last checkpoint is good" in str(error.value)
-    assert "It comes from group 5 of 7, token 104 of the corpus" in str(error.value)
+    assert "It comes from group 5 of 7, position 104 in the data" in str(error.value)
     assert all(torch.equal(value, before[name]) for name, value in tiny_gpt.state_dict().items())
     saved = [json.loads(line) for line in (tmp_path / "bad_batch.jsonl").read_text().splitlines()]
     assert [record["bad"] for record in saved] == [False] * 4 + [True] + [False] * 2

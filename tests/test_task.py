@@ -1,0 +1,162 @@
+"""Tasks and rewards of train_rpt.py: what is asked, what is right, and what the controls leave out."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from data.prompt import template_ids
+from data.tokenizer import Tokenizer
+from model import GPT
+from reward import extract_prediction
+from sample import Rollout
+from task import REWARDS, Question, exact_question, make_dense, score
+from test_runs import command, lines
+from tiny import base, corpus, run_here
+from train_ntp import document_sequences, flops_of_run
+
+
+@pytest.fixture
+def tokenizer():
+    return Tokenizer.load("embedded")
+
+
+def responses(tokenizer, *texts):
+    return [Rollout(tokens=tokenizer.encode(text, special=True)) for text in texts]
+
+
+def test_a_thought_that_the_prompt_has_closed_is_not_asked_for_again(tokenizer):
+    question = Question([], [], [b" odd", b","], 0)
+    rollouts = responses(tokenizer, r"\boxed{ odd}", r"hm</think>\boxed{ odd}", r"\boxed{ even}")
+    assert score(tokenizer, question, rollouts).rewards == [0.0, 1.0, 0.0]
+    assert score(tokenizer, question, rollouts, thought=b"</think>").rewards == [1.0, 1.0, 0.0]
+
+
+def test_each_reward_judges_the_same_predictions_in_its_own_way(tokenizer):
+    question = Question([], [], [b" odd", b","], 0)
+    rollouts = responses(tokenizer, *(rf"</think>\boxed{{{p}}}" for p in (" odd", " odd,", " odd one", " o")))
+    found = {name: score(tokenizer, question, rollouts, match).rewards for name, match in REWARDS.items()}
+    assert found["prefix"] == [1, 1, 0, 0]
+    assert found["first-token"] == found["dense"] == found["conditional-dense"] == [1, 1, 1, 0]
+
+
+def test_dense_rewards_are_the_probabilities_of_a_plain_forward(base, tokenizer):
+    """A wrong prediction earns P(its first token | context), whatever the group beside it is doing."""
+    model = GPT.from_pretrained(base)
+    contexts = [tokenizer.encode(text) for text in ("Solution: The digit is", "Problem: Mia")]
+    texts = [(" odd", " even", None), (" works", " computes", " zero one")]
+    expected = []
+    groups = []
+    for context, row, truth in zip(contexts, texts, (b" odd", b" calculates")):
+        probabilities = model(torch.tensor([context]))[0, -1].softmax(dim=-1)
+        first = [p and tokenizer.encode(p)[0] for p in row]
+        expected.append([1.0 if p and p.encode() == truth else probabilities[i].item() if p else 0.0
+                         for p, i in zip(row, first)])
+        answers = responses(tokenizer, *(rf"</think>\boxed{{{p}}}" if p else "</think>" for p in row))
+        groups.append(score(tokenizer, Question(context, [], [truth], 0), answers, REWARDS["dense"]))
+    conditional = [type(g)(**vars(g)) for g in groups]
+    make_dense(model, tokenizer, groups)
+    make_dense(model, tokenizer, conditional, conditional=True)
+    for group, row in zip(groups, expected):
+        assert group.rewards == pytest.approx(row, rel=1e-4)
+    assert expected[0][0] == 1 and 0 < expected[0][1] < 1 and expected[0][2] == 0
+    assert conditional[0].rewards == pytest.approx(expected[0], rel=1e-4) and conditional[1].rewards == [0, 0, 0]
+
+
+def test_an_exact_question_ends_in_an_open_thought_and_says_when_it_has_no_room(tokenizer):
+    question = exact_question(tokenizer, 3, "Solution: The digit is", "one", "short", [], room=50)
+    assert tokenizer.decode_bytes(question.prompt) == b"Solution: The digit is<think>"
+    assert (question.truth, question.position) == ("one", 3)
+    with pytest.raises(ValueError, match=r"question 4, 'Solution: The digit is'..., takes \d+ tokens.* room for 2"):
+        exact_question(tokenizer, 3, "Solution: The digit is", "one", "short", [], room=2)
+
+
+@pytest.fixture
+def questions(corpus, tokenizer, tmp_path):
+    """Documents cut before their last word, which is the answer."""
+    path = tmp_path / "questions.jsonl"
+    with open(path, "w") as file:
+        for start, _, end, _ in corpus.docs[:60].tolist():
+            text = tokenizer.decode_bytes(corpus.tokens[start:end].tolist()).decode()
+            problem, _, answer = text.removesuffix(".").rpartition(" ")
+            file.write(json.dumps(dict(question=problem, answer=answer)) + "\n")
+    return path
+
+
+def test_a_run_on_questions_rewards_exact_answers_and_resumes_to_the_same_bits(corpus, base, questions, tmp_path):
+    line = lambda name, **more: [x for x in command("train_rpt.py", corpus, base, tmp_path / name, task="answers",
+                                                    data=questions, **more)]
+    assert run_here(*line("whole"))[0] == 0
+    assert run_here(*line("halves", steps=3))[0] == 0 and run_here(*line("halves", resume=True))[0] == 0
+    assert lines(tmp_path / "whole") == lines(tmp_path / "halves")
+    records = lines(tmp_path / "whole", "samples.jsonl")
+    assert {r["truth"] for r in records} <= set("zero one two three four five six seven eight nine".split())
+    for record in records:
+        said = (record["extracted"] or "").strip()
+        assert record["reward"] == float(said == record["truth"])
+
+
+def test_without_a_thought_every_response_is_a_box(corpus, base, tmp_path):
+    line = command("train_rpt.py", corpus, base, tmp_path / "run", no_thought=True)
+    assert run_here(*line)[0] == 0
+    assert lines(tmp_path / "run")[0]["format_rate"] > 0.5
+    assert not any("</think>" in r["response"] for r in lines(tmp_path / "run", "samples.jsonl")[:2])
+
+
+@pytest.mark.parametrize("reward", ["first-token", "dense", "conditional-dense"])
+def test_a_run_takes_each_reward(corpus, base, tmp_path, reward):
+    line = command("train_rpt.py", corpus, base, tmp_path / "run", reward=reward)
+    code, _, err = run_here(*line)
+    assert (code, err) == (0, "")
+    rewards = {r["reward"] for r in lines(tmp_path / "run", "samples.jsonl")}
+    assert (rewards <= {0.0, 1.0}) == (reward == "first-token") or reward == "conditional-dense"
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(task="answers"), "--task answers needs --data"),
+    (dict(task="answers", data="x.jsonl", template="v0"), "--template v0 is none of chat, short")])
+def test_flags_that_do_not_fit_together_are_one_line(corpus, base, tmp_path, changes, words):
+    code, _, err = run_here(*command("train_rpt.py", corpus, base, tmp_path / "run", **changes))
+    assert code == 2 and err.count("\n") == 1 and words in err
+
+
+# ---- controls ----------------------------------------------------------------------------------------------
+
+def test_own_strings_are_rollouts_that_the_text_bears_out(corpus, base, tokenizer, tmp_path):
+    """As many as there are right ones: every string's box is the beginning of what follows its prompt."""
+    out = tmp_path / "own.jsonl"
+    code, _, err = run_here("data/strings.py", "--own", "--corpus", corpus.folder, "--proxy", base, "--template",
+                            "short", "--count", 30, "--samples", 3, "--max-new-tokens", 12, "--out", out)
+    assert (code, err) == (0, "")
+    strings = [json.loads(line) for line in out.read_text().splitlines()]
+    texts = [corpus.tokens[start:end].tolist() for start, _, end, is_val in corpus.docs.tolist() if not is_val]
+    truths = {tuple(ids[:t]): tokenizer.decode_bytes(ids[t:]) for ids in texts for t in range(len(ids))}
+    think = tokenizer.special["<think>"]
+    for string in strings:
+        *context, last = string["prompt"]
+        prediction = extract_prediction(tokenizer.decode_bytes(string["response"]))
+        assert last == think and prediction and truths[tuple(context)].startswith(prediction)
+    assert 5 < len(strings) < 90 and len({tuple(s["prompt"]) for s in strings}) <= 30
+
+
+def test_a_loss_on_chosen_tokens_alone_is_the_mean_over_these(corpus, tokenizer, tmp_path):
+    """Of a document only the tokens that RPT trains on count, wherever the window begins; never the end."""
+    start, solution, end, _ = corpus.docs[0].tolist()
+    counts = np.zeros(len(corpus.tokens), dtype=bool)
+    counts[[start + 3, end - 2]] = True
+    rng = np.random.default_rng(0)
+    (_, response, weights), = document_sequences(corpus, [0], tokenizer.eos_id, 1000, 0.5, rng, counts)
+    assert [i for i, w in enumerate(weights) if w] == [2, end - 2 - start - 1] and weights[2] == 0.5
+    assert response[2] == corpus.tokens[start + 3]
+    for _ in range(20):
+        (prompt, response, weights), = document_sequences(corpus, [0], tokenizer.eos_id, 8, 0.5, rng, counts)
+        chosen = {int(corpus.tokens[start + 3]), int(corpus.tokens[end - 2])}
+        assert {id for id, w in zip(response, weights) if w} <= chosen
+
+
+def test_updates_alone_cost_less_than_the_whole_run(corpus, base, tmp_path):
+    line = command("train_rpt.py", corpus, base, tmp_path / "run")
+    assert run_here(*line)[0] == 0
+    steps = lines(tmp_path / "run")
+    assert flops_of_run(tmp_path / "run", 10, updates_only=True) == 60 * sum(s["trained_tokens"] for s in steps)
+    assert flops_of_run(tmp_path / "run", 10) == sum(s["flops"] for s in steps)
