@@ -72,8 +72,8 @@ def read_patterns(path):
     lines = []
     try:
         for line in json.loads(Path(path).read_bytes()):
-            shares = {name.capitalize(): share for name, share in line.get("groups", line).items()}
-            lines.append((line["checkpoint"], line["n"], {group: float(shares[group]) for group in GROUPS}))
+            shares = {group: float(line[group.lower()]) for group in GROUPS}
+            lines.append((line["checkpoint"], line["n"], shares))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not what eval.py patterns writes: {error!r}") from None
     return lines

@@ -307,11 +307,10 @@ def shares(*percents):
     return dict(zip(plot.GROUPS, percents))
 
 
-@pytest.mark.parametrize("nested", [True, False])
-def test_patterns_draw_each_share_beside_that_of_the_other_checkpoint(tmp_path, figures, nested):
+def test_patterns_draw_each_share_beside_that_of_the_other_checkpoint(tmp_path, figures):
     base, rpt = shares(40, 90, 8, 22, 61, 0), shares(45, 80, 2, 57.5, 70, 100)
     lines = [{"checkpoint": f"runs/{name}/step_9", "n": 200, "compression": 0.3}
-             | ({"groups": groups} if nested else {group.lower(): share for group, share in groups.items()})
+             | {group.lower(): share for group, share in groups.items()}
              for name, groups in (("base", base), ("rpt", rpt))]
     (tmp_path / "patterns.json").write_text(json.dumps(lines))
     plot.draw_patterns([tmp_path / "patterns.json"], tmp_path / "patterns.png")
@@ -328,7 +327,7 @@ def test_patterns_draw_each_share_beside_that_of_the_other_checkpoint(tmp_path, 
     assert whiskers(ax)[5] == pytest.approx((0, 1.885), abs=0.001)  # 0 of 200: not "0 for certain"
 
 
-@pytest.mark.parametrize("content", ["[{", "7", "[7]", '[{"checkpoint": "a", "n": 3, "Transition": 1}]'])
+@pytest.mark.parametrize("content", ["[{", "7", "[7]", '[{"checkpoint": "a", "n": 3, "transition": 1}]'])
 def test_broken_patterns_are_named_by_file(tmp_path, content):
     (tmp_path / "broken.json").write_text(content)
     with pytest.raises(ValueError, match="broken.json: not what eval.py patterns writes"):
