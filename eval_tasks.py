@@ -124,6 +124,16 @@ def read_questions(path):
     return read_lines(path, parse)
 
 
+def read_solutions(path):
+    """A file of questions with worked solutions -> [(question, solution up to a ####, truth)], all texts."""
+    def parse(record):
+        question = check_text(field(record, "question", "problem"), "'question'")
+        solution = check_text(field(record, "solution", "answer"), "'solution'")
+        truth = exact_answer(text_field(field(record, "answer", "solution"), "the answer"))
+        return question, (solution.rpartition("####")[0] or solution).strip(), truth
+    return read_lines(path, parse)
+
+
 def exact_answer(answer):
     r"""What follows the last ####, else what the last \boxed{} holds, else all of it; without outer space."""
     _, mark, truth = answer.rpartition("####")
@@ -148,6 +158,11 @@ def question_prompt(tokenizer, text, template="chat"):
         assistant += "<think>\n"
     before, after = (tokenizer.encode(turn, special=True) for turn in (user, assistant))
     return before + tokenizer.encode(text) + after
+
+
+def solve_prompt(tokenizer, question, template="chat"):
+    """As question_prompt; in chat turns with the request to reason and to box the answer."""
+    return question_prompt(tokenizer, question + (SOLVE if template == "chat" else ""), template)
 
 
 def lettered(choice):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from eval_tasks import SOLVE, question_prompt
+from eval_tasks import solve_prompt
 from kernels.attention import make_layout
 from kernels.rows import linear
 from data.prompt import build_prompt
@@ -53,7 +53,7 @@ def exact_question(tokenizer, number, question, truth, template, close, room):
 
     close: ids that end the prompt, such as those that close the thought.
     """
-    prompt = question_prompt(tokenizer, question + (SOLVE if template == "chat" else ""), template) + close
+    prompt = solve_prompt(tokenizer, question, template) + close
     if len(prompt) > room:
         raise ValueError(f"question {number + 1}, {question[:40]!r}..., takes {len(prompt)} tokens, and there is "
                          f"room for {room}: raise --max-prompt-tokens, lower --max-new-tokens or drop it")

@@ -17,6 +17,11 @@ RPT.
 
 writes instead what the proxy itself has thought, where its prediction was right: training on these strings
 (rejection sampling) is the control that asks whether RPT needs its wrong rollouts.
+
+    python data/strings.py --solutions gsm8k_train.jsonl --proxy SmolLM2-135M --template chat --out strings.jsonl
+
+writes questions with their solution as the thought and the exact answer in the box: a warm start for
+train_rpt.py --task answers.
 """
 import argparse
 import json
@@ -36,7 +41,8 @@ from data.filter import find_scores, load_positions
 from data.prepare import load_corpus
 from data.prompt import build_prompt, stop_ids, template_ids
 from data.tokenizer import Tokenizer
-from model import GPT
+from eval_tasks import ASK, read_solutions, solve_prompt
+from model import GPT, read_config
 from reward import extract_prediction
 from sample import generate, rollout_bar
 from task import make_question, score
@@ -75,6 +81,15 @@ def write_string(rng, model, tokenizer, context, truth, template, room):
     return dict(prompt=prompt, response=response, text=tokenizer.decode_bytes(response).decode())
 
 
+def candidate_strings(rng, model, tokenizer, corpus, positions, template, args):
+    """(n, 3) positions -> {"prompt", "response", "text"} for those that can be written."""
+    strings = []
+    for t, start, _ in tqdm(positions, desc="strings", disable=None):
+        context, truth = corpus.tokens[start:t].tolist(), int(corpus.tokens[t])
+        strings.append(write_string(rng, model, tokenizer, context, truth, template, args.max_prompt_tokens))
+    return [string for string in strings if string]
+
+
 def own_strings(model, tokenizer, corpus, positions, template, args):
     """(n, 3) positions -> {"prompt", "response", "text"} for those of n x args.samples rollouts that are right."""
     room = min(args.max_prompt_tokens, model.config.max_positions - args.max_new_tokens)
@@ -88,44 +103,64 @@ def own_strings(model, tokenizer, corpus, positions, template, args):
             for g in groups for r, reward in zip(g.rollouts, g.rewards) if reward]
 
 
+def solution_strings(tokenizer, rng, args):
+    """args.count of the questions in args.solutions -> {"prompt", "response", "text"} for those with room."""
+    solutions, room, strings = read_solutions(args.solutions), read_config(args.proxy).max_positions, []
+    for question, solution, truth in rng.sample(solutions, min(args.count, len(solutions))):
+        prompt = solve_prompt(tokenizer, question, args.template)
+        response = (tokenizer.encode(solution) + tokenizer.encode("</think>", special=True)
+                    + tokenizer.encode(rf"\boxed{{{truth}}}") + [tokenizer.eos_id])
+        if len(prompt) + len(response) <= room:
+            strings.append(dict(prompt=prompt, response=response, text=tokenizer.decode_bytes(response).decode()))
+    return strings
+
+
 if __name__ == "__main__":
     sys.excepthook = speak_once
     parser = argparse.ArgumentParser(description="Think/answer strings from the training text of a corpus.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--corpus", required=True, help="folder written by data/prepare.py and scored by data/filter.py")
+    add("--corpus", default=None, help="folder written by data/prepare.py and scored by data/filter.py")
     add("--proxy", required=True, help="checkpoint that names the candidates and scored the corpus")
     add("--out", required=True, help="JSONL file to write")
-    add("--count", type=int, default=2000, help="positions; a string for each")
+    add("--count", type=int, default=2000, help="positions or questions; a string for each")
     add("--own", action="store_true", help="the proxy's own thoughts where they were right")
     add("--samples", type=int, default=8, metavar="K", help="--own: thoughts for each position")
     add("--temperature", type=float, default=1.0, help="--own: of sampling")
     add("--max-new-tokens", type=int, default=512, help="--own: tokens of a response")
-    add("--template", default="v0", help="prompt of data/prompt.py: v0 to v6, or short")
+    add("--solutions", default=None, metavar="FILE",
+        help="JSON lines of questions with worked answers, instead of --corpus")
+    add("--template", default="v0", help="prompt of data/prompt.py: v0 to v6, or short; --solutions: chat or short")
     add("--entropy-threshold", type=float, default=0.5, help="only positions above this entropy, nats")
     add("--max-prompt-tokens", type=int, default=512, help="longer contexts lose their beginning")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
+    if bool(args.corpus) == bool(args.solutions):
+        raise ValueError("give either --corpus or --solutions: what shall the strings be made of?")
+    if args.solutions and args.template not in ASK:
+        raise ValueError(f"--solutions: --template {args.template} is none of {', '.join(ASK)}")
     for name in ("count", "max_prompt_tokens", "samples", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    corpus, tokenizer, rng = load_corpus(args.corpus), Tokenizer.load(args.proxy), random.Random(args.seed)
-    corpus.check(tokenizer, args.proxy)
-    template = template_ids(tokenizer, args.template)
-    positions = load_positions(corpus, find_scores(corpus, args.proxy), args.entropy_threshold, "train")
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    model = GPT.from_pretrained(args.proxy, dtype, args.device)
-    order = np.random.default_rng(args.seed).permutation(len(positions))[:args.count]
-    strings = []
-    if args.own:
-        strings = own_strings(model, tokenizer, corpus, positions[order], template, args)
-    for t, start, _ in tqdm([] if args.own else positions[order], desc="strings", disable=None):
-        context, truth = corpus.tokens[start:t].tolist(), int(corpus.tokens[t])
-        string = write_string(rng, model, tokenizer, context, truth, template, args.max_prompt_tokens)
-        strings += [string] if string else []
+    tokenizer, rng = Tokenizer.load(args.proxy), random.Random(args.seed)
+    if args.solutions:
+        strings, why = solution_strings(tokenizer, rng, args), "solution has room in the model's positions"
+    else:
+        corpus = load_corpus(args.corpus)
+        corpus.check(tokenizer, args.proxy)
+        template = template_ids(tokenizer, args.template)
+        positions = load_positions(corpus, find_scores(corpus, args.proxy), args.entropy_threshold, "train")
+        positions = positions[np.random.default_rng(args.seed).permutation(len(positions))[:args.count]]
+        dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+        model = GPT.from_pretrained(args.proxy, dtype, args.device)
+        if args.own:
+            strings = own_strings(model, tokenizer, corpus, positions, template, args)
+            why = f"of {len(positions)} positions was predicted by the proxy"
+        else:
+            strings = candidate_strings(rng, model, tokenizer, corpus, positions, template, args)
+            why = f"of {len(positions)} positions has a token that prints"
     if not strings:
-        why = "was predicted by the proxy" if args.own else "has a token that prints"
-        raise ValueError(f"{args.out}: not one of {len(order)} positions {why}")
+        raise ValueError(f"{args.out}: not one {why}")
     write(args.out, "".join(json.dumps(string, ensure_ascii=False) + "\n" for string in strings))
     print(f"{len(strings):,} strings written to {args.out}, the last one:\n    {strings[-1]['text']}")

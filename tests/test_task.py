@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-from data.prompt import template_ids
 from data.tokenizer import Tokenizer
 from model import GPT
 from reward import extract_prediction
@@ -137,6 +136,22 @@ def test_own_strings_are_rollouts_that_the_text_bears_out(corpus, base, tokenize
         prediction = extract_prediction(tokenizer.decode_bytes(string["response"]))
         assert last == think and prediction and truths[tuple(context)].startswith(prediction)
     assert 5 < len(strings) < 90 and len({tuple(s["prompt"]) for s in strings}) <= 30
+
+
+def test_solutions_become_thoughts_and_exact_answers_boxes(base, tokenizer, tmp_path):
+    gsm8k = {"question": "How much is 2+3?", "answer": "It is <<2+3=5>>5.\n#### 5"}
+    omni = {"problem": "How long?", "solution": "Longer than the model has positions. " * 90, "answer": "1"}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(gsm8k) + "\n" + json.dumps(omni) + "\n")
+    line = ["data/strings.py", "--solutions", tmp_path / "questions.jsonl", "--proxy", base, "--template", "short",
+            "--out", tmp_path / "strings.jsonl"]
+    code, _, err = run_here(*line)
+    assert (code, err) == (0, "")
+    string, = map(json.loads, (tmp_path / "strings.jsonl").read_text().splitlines())
+    assert string["text"] == r"It is <<2+3=5>>5.</think>\boxed{5}<|end|>"
+    assert tokenizer.decode_bytes(string["response"]).decode() == string["text"]
+    assert tokenizer.decode_bytes(string["prompt"]) == b"How much is 2+3?<think>"
+    code, _, err = run_here(*line, "--corpus", "C")
+    assert code == 2 and "either --corpus or --solutions" in err
 
 
 def test_a_loss_on_chosen_tokens_alone_is_the_mean_over_these(corpus, tokenizer, tmp_path):
