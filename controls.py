@@ -7,13 +7,13 @@ Every seed has its own corpus, base model and filter (demo.py), and everything b
     rpt           the run that is explained
     ntp           next-token prediction on the same text, for the FLOPs that rpt has spent
     ntp-hard      the same with a loss only for the tokens that rpt trains on
-    sft-own       supervised training on the base's own right rollouts: as many rollouts as rpt has sampled, then as
-                  many FLOPs as rpt's updates
+    sft-own       supervised training on the base's own right rollouts: as many rollouts as rpt has sampled,
+                  then as many FLOPs as rpt's updates
     no-thought    RPT whose prompt closes the thought at once; its steps are short, so it takes more of them
     others        rpt with one flag changed, see VARIANTS
-Then all of them answer the same held-out positions, guessing (ntp), thinking (reasoning) and with an empty thought;
-rpt's checkpoints are fitted (scaling.py); and base, ntp and rpt are trained with the same budget on questions
-with exact answers, longer problems than any in the text (Table 2 of the paper).
+Then all of them answer the same held-out positions, guessing (ntp), thinking (reasoning) and with an empty
+thought; rpt's checkpoints are fitted (scaling.py); and base, ntp and rpt are trained with the same budget on
+questions with exact answers, longer problems than any in the text (Table 2 of the paper).
 """
 import argparse
 import json
@@ -27,17 +27,18 @@ from checkpoint import latest_checkpoint, write
 from data import speak_once
 from demo import BASE_STEPS, RPT_STEPS, STAGES, run_stages
 
-RPT = ("train_rpt.py --init {base} --corpus {run}/corpus --template short --entropy-threshold 0.5 --batch-size 32 "
-       "--rollouts 8 --max-new-tokens 64 --temperature 1.0 --lr 1e-4 --grad-clip 1.0 --seed {seed} --resume "
-       "--steps {rpt_steps} --save-every 10 --out-dir {run}/")
+RPT = ("train_rpt.py --init {base} --corpus {run}/corpus --template short --entropy-threshold 0.5 "
+       "--batch-size 32 --rollouts 8 --max-new-tokens 64 --temperature 1.0 --lr 1e-4 --grad-clip 1.0 "
+       "--seed {seed} --resume --steps {rpt_steps} --save-every 10 --out-dir {run}/")
 NTP = "train_ntp.py --corpus {run}/corpus --init {base} --match-compute {run}/rpt --seed {seed} --resume "
 SFT = "--updates-only --strings {run}/own.jsonl --documents-per-step 0 --strings-per-step 32 --lr 3e-4 "
-EVAL = ("eval.py lm --corpus {run}/corpus --proxy {base} --template short --max-new-tokens 64 --temperature 0.8 "
-        "--positions 500 --samples 4 --max-prompt-tokens 128 ")
+EVAL = ("eval.py lm --corpus {run}/corpus --proxy {base} --template short --max-new-tokens 64 "
+        "--temperature 0.8 --positions 500 --samples 4 --max-prompt-tokens 128 ")
 ANSWERS = ("train_rpt.py --task answers --data {run}/corpus/questions.jsonl --template short --batch-size 32 "
-           "--rollouts 8 --max-new-tokens 96 --temperature 1.0 --lr 1e-4 --grad-clip 1.0 --seed {seed} --resume "
-           "--steps 50 --out-dir {run}/")
-ASK = "eval.py answers --data {run}/corpus/questions_val.jsonl --template short --max-new-tokens 96 --samples 4 "
+           "--rollouts 8 --max-new-tokens 96 --temperature 1.0 --lr 1e-4 --grad-clip 1.0 --seed {seed} "
+           "--resume --steps 50 --out-dir {run}/")
+ASK = ("eval.py answers --data {run}/corpus/questions_val.jsonl --template short --max-new-tokens 96 "
+       "--samples 4 ")
 
 VARIANTS = {  # name: what differs from rpt (a later flag wins)
     "no-thought": "--no-thought --steps 800",  # about the FLOPs of rpt
@@ -61,13 +62,15 @@ def stages_of(names):
         stage("Control: next-token prediction for the same FLOPs.",
               NTP + "--documents-per-step 24 --lr 1e-3 --out-dir {run}/ntp", "{run}/ntp/done")
     if "ntp-hard" in names:
-        stage("Control: the same, a loss only for the tokens that RPT trains on.", NTP + "--documents-per-step 24 "
-              "--lr 1e-3 --entropy-threshold 0.5 --proxy {base} --out-dir {run}/ntp-hard", "{run}/ntp-hard/done")
+        stage("Control: the same, a loss only for the tokens that RPT trains on.",
+              NTP + "--documents-per-step 24 --lr 1e-3 --entropy-threshold 0.5 --proxy {base} "
+              "--out-dir {run}/ntp-hard", "{run}/ntp-hard/done")
     if "sft-own" in names:
         stage("The base's own rollouts that were right: as many sampled as in RPT.",
               "data/strings.py --own --corpus {run}/corpus --proxy {base} --template short --count {positions} "
               "--samples 8 --max-new-tokens 64 --seed {seed} --out {run}/own.jsonl", "{run}/own.jsonl")
-        stage("Control: supervised training on them.", NTP + SFT + "--out-dir {run}/sft-own", "{run}/sft-own/done")
+        stage("Control: supervised training on them.",
+              NTP + SFT + "--out-dir {run}/sft-own", "{run}/sft-own/done")
     for name in names:
         if name in VARIANTS:
             stage(f"RPT with {VARIANTS[name]}.", RPT + f"{name} {VARIANTS[name]}", f"{{run}}/{name}/done")
@@ -123,8 +126,8 @@ def table(out_dir, seeds, split="medium"):
     name_of = lambda line: Path(line["checkpoint"]).parent.name
     lines = [line for run in runs for line in read(run, "results.json") if line["split"] == split]
     names = list(dict.fromkeys(map(name_of, lines)))
-    rows = [f"| {split} positions, seeds {', '.join(map(str, seeds))} | guessing | thinking | one of 4 thoughts | empty "
-            "thought | FLOPs |", "|---|---|---|---|---|---|"]
+    rows = [f"| {split} positions, seeds {', '.join(map(str, seeds))} | guessing | thinking | one of 4 thoughts | "
+            "empty thought | FLOPs |", "|---|---|---|---|---|---|"]
     for name in names:
         cells = [cell([line[key] for line in lines if name_of(line) == name and line["mode"] == mode])
                  for mode, key in (("ntp", "accuracy"), ("reasoning", "accuracy"), ("reasoning", "pass_at_k"),
@@ -133,7 +136,8 @@ def table(out_dir, seeds, split="medium"):
     rows += ["", "| questions | before | after 50 steps of RL |", "|---|---|---|"]
     lines = [line for run in runs for line in read(run, "answers.json")]
     for name in TUNED:
-        before, after = ([line["accuracy"] for line in lines if name_of(line) == n] for n in (name, f"tuned-{name}"))
+        before, after = ([line["accuracy"] for line in lines if name_of(line) == n]
+                         for n in (name, f"tuned-{name}"))
         rows.append(f"| {name} | {cell(before)} | {cell(after)} |")
     return "\n".join(rows)
 

@@ -55,8 +55,8 @@ def exact_question(tokenizer, number, question, truth, template, close, room):
     """
     prompt = solve_prompt(tokenizer, question, template) + close
     if len(prompt) > room:
-        raise ValueError(f"question {number + 1}, {question[:40]!r}..., takes {len(prompt)} tokens, and there is "
-                         f"room for {room}: raise --max-prompt-tokens, lower --max-new-tokens or drop it")
+        raise ValueError(f"question {number + 1}, {question[:40]!r}..., takes {len(prompt)} tokens, and there "
+                         f"is room for {room}: raise --max-prompt-tokens, lower --max-new-tokens or drop it")
     return Question(tokenizer.encode(question), prompt, truth, number)
 
 

@@ -214,7 +214,7 @@ def parse_args(words=None):
     # what to train
     add("--init", required=True, help="checkpoint folder (Hugging Face layout) to start from")
     add("--corpus", default=None, help="lm: folder written by data/prepare.py and scored by data/filter.py")
-    add("--proxy", default=None, 
+    add("--proxy", default=None,
         help="checkpoint whose entropies choose the positions; default: the only one there is")
     add("--out-dir", required=not plan, help="folder of this run")
     add("--task", default="lm", choices=["lm", "answers"],

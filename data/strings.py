@@ -18,7 +18,7 @@ RPT.
 writes instead what the proxy itself has thought, where its prediction was right: training on these strings
 (rejection sampling) is the control that asks whether RPT needs its wrong rollouts.
 
-    python data/strings.py --solutions gsm8k_train.jsonl --proxy SmolLM2-135M --template chat --out strings.jsonl
+    python data/strings.py --solutions gsm8k_train.jsonl --proxy DIR --template chat --out strings.jsonl
 
 writes questions with their solution as the thought and the exact answer in the box: a warm start for
 train_rpt.py --task answers.
@@ -111,7 +111,8 @@ def solution_strings(tokenizer, rng, args):
         response = (tokenizer.encode(solution) + tokenizer.encode("</think>", special=True)
                     + tokenizer.encode(rf"\boxed{{{truth}}}") + [tokenizer.eos_id])
         if len(prompt) + len(response) <= room:
-            strings.append(dict(prompt=prompt, response=response, text=tokenizer.decode_bytes(response).decode()))
+            text = tokenizer.decode_bytes(response).decode()
+            strings.append(dict(prompt=prompt, response=response, text=text))
     return strings
 
 
@@ -130,7 +131,8 @@ if __name__ == "__main__":
     add("--max-new-tokens", type=int, default=512, help="--own: tokens of a response")
     add("--solutions", default=None, metavar="FILE",
         help="JSON lines of questions with worked answers, instead of --corpus")
-    add("--template", default="v0", help="prompt of data/prompt.py: v0 to v6, or short; --solutions: chat or short")
+    add("--template", default="v0",
+        help="prompt of data/prompt.py: v0 to v6, or short; --solutions: chat or short")
     add("--entropy-threshold", type=float, default=0.5, help="only positions above this entropy, nats")
     add("--max-prompt-tokens", type=int, default=512, help="longer contexts lose their beginning")
     add("--seed", type=int, default=0)
