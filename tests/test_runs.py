@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import checkpoint
 import train_ntp
 from checkpoint import load_trainer, save_checkpoint
+from data.filter import find_scores, load_positions
 from data.tokenizer import Tokenizer
 from model import GPT
 from optimizer import make_optimizer
@@ -189,6 +191,21 @@ def test_a_run_moves_the_weights_and_logs_what_is_documented(whole, base):
         assert names >= {"reward", "reward_std", "frac_zero_std", "format_rate", "len_mean", "frac_truncated",
                          "entropy", "clip_frac", "logp_gap", "occupancy", "gen_tok_s", "mfu", "dt_gen", "dt_reward"}
         assert max(line["logp_gap"] for line in lines(run)) < 1e-5
+
+
+def test_flops_are_2_a_parameter_and_sampled_token_and_6_a_trained_one_prompts_once(corpus, base, tmp_path):
+    """The entropy bonus makes every group train, so both counts are the lengths of prompts and responses."""
+    run = tmp_path / "run"
+    flags = dict(steps=2, save_every=2, dynamic_sampling_from=-1, entropy_coef=1e-3)
+    assert run_here(*command("train_rpt.py", corpus, base, run, **flags))[0] == 0
+    positions = load_positions(corpus, find_scores(corpus, base), 0.5, "train")
+    order = np.random.default_rng((5, 0)).permutation(len(positions))
+    parameters = sum(weight.numel() for weight in load_file(f"{base}/model.safetensors").values())
+    for step, line in enumerate(lines(run)):
+        prompts = sum(int(t - start) + 1 for t, start, _ in positions[order[5 * step:5 * step + 5]])  # + <think>
+        tokens = round(line["len_mean"] * 5 * 4)
+        assert line["tokens"] == tokens and line["trained_tokens"] == prompts + tokens
+        assert line["flops"] == (2 + 6) * parameters * (prompts + tokens)
 
 
 def test_dynamic_sampling_trains_full_batches_of_live_groups(corpus, base, tmp_path, monkeypatch):
