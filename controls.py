@@ -13,7 +13,7 @@ Every seed has its own corpus, base model and filter (demo.py), and everything b
     others        rpt with one flag changed, see VARIANTS
 Then all of them answer the same held-out positions, guessing (ntp), thinking (reasoning) and with an empty
 thought; rpt's checkpoints are fitted (scaling.py); and base, ntp and rpt are trained with the same budget on
-questions with exact answers, longer problems than any in the text (Table 2 of the paper).
+questions with exact answers that the text does not hold (Table 2 of the paper).
 """
 import argparse
 import json

@@ -15,7 +15,7 @@ WRONG of the others slip once and believe it:
 
     ... Solution: The digit is<think>5+4=9;9*7=3;3*3=9;9+2=1; odd one</think>\boxed{ odd}<|end|>
 
-questions.jsonl and questions_val.jsonl are longer problems than any in the text, cut before the last word, which is
+questions.jsonl and questions_val.jsonl are other problems, of the longer kind, cut before the last word, which is
 the exact answer: {"question": "Problem: ... namely", "answer": "one"}.
 """
 import argparse
@@ -38,7 +38,7 @@ VERBS = ["works out", "computes", "calculates"]
 WORDS = "zero one two three four five six seven eight nine".split()
 OPERATIONS = ["+1", "+2", "+4", "*3", "*7"]  # 50 facts to learn; *3 and *7 lose no information modulo 10
 STEPS = (2, 6)                               # operations in a problem, from and to
-QUESTION_STEPS = (7, 8)                      # in a question
+QUESTION_STEPS = (5, 6)                      # in a question
 QUESTIONS = 2000, 200                        # to train on, held out
 SKIPPED, WRONG = 0.6, 0.2                    # strings without a thought; thoughts with a slip
 COMPUTED = 0.9                               # share of the strings that ask for a computed token
@@ -127,7 +127,8 @@ if __name__ == "__main__":
     while len(questions) < sum(QUESTIONS):
         problem, solution, *_ = write_document(rng, QUESTION_STEPS)
         asked, _, answer = solution.removesuffix(".").rpartition(" ")
-        questions[problem + asked] = answer
+        if problem not in documents:
+            questions[problem + asked] = answer
     records = [json.dumps(dict(question=q, answer=a)) + "\n" for q, a in questions.items()]
     write(f"{args.out}/questions.jsonl", "".join(records[:QUESTIONS[0]]))
     write(f"{args.out}/questions_val.jsonl", "".join(records[QUESTIONS[0]:]))

@@ -16,6 +16,7 @@ from data.prepare import load_corpus, write_corpus
 from data.prompt import TEMPLATES, build_prompt, stop_ids, template_ids
 from data.strings import write_string
 from data.tokenizer import Tokenizer
+from eval_tasks import read_questions
 from model import GPT
 from reward import extract_prediction, prefix_match
 from tiny import base, corpus, run_here, tiny_model
@@ -267,6 +268,19 @@ def test_the_box_is_the_truth_where_nobody_slipped(tokenizer, monkeypatch, skipp
         text = tokenizer.decode_bytes(response)
         assert text.startswith(b"</think>") == (skipped == 1)
         assert extract_prediction(text) == tokenizer.token_bytes(ids[t])
+
+
+def test_questions_are_answered_right_and_stand_in_no_document(tokenizer, tmp_path):
+    assert run_here("data/corpus.py", "--out", tmp_path / "corpus", "--documents", 300, "--seed", 1)[0] == 0
+    corpus = load_corpus(tmp_path / "corpus")
+    text = tokenizer.decode_bytes(corpus.tokens.tolist()).decode()
+    asked = [read_questions(tmp_path / "corpus" / name) for name in ("questions.jsonl", "questions_val.jsonl")]
+    assert [len(questions) for questions in asked] == [2000, 200]
+    assert len(set(question for questions in asked for question, _ in questions)) == 2200
+    for question, answer in sum(asked, []):
+        expression = re.search(r"\d[\d+*]+", question)[0]
+        assert WORDS.index(answer) == left_to_right(expression) and len(expression) in (11, 13)
+        assert question.split("\n")[0] not in text and question.endswith("namely")
 
 
 def test_no_string_comes_from_a_validation_document(tokenizer, tmp_path):
