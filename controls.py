@@ -41,7 +41,7 @@ ASK = ("eval.py answers --data {run}/corpus/questions_val.jsonl --template short
        "--samples 4 ")
 
 VARIANTS = {  # name: what differs from rpt (a later flag wins)
-    "no-thought": "--no-thought --steps 800",  # about the FLOPs of rpt
+    "no-thought": "--no-thought --steps 800",  # twice the FLOPs of rpt
     "first-token": "--reward first-token", "dense": "--reward dense",
     "conditional-dense": "--reward conditional-dense",
     "G-4": "--rollouts 4 --batch-size 64", "G-16": "--rollouts 16 --batch-size 16",
@@ -49,7 +49,8 @@ VARIANTS = {  # name: what differs from rpt (a later flag wins)
     "dynamic": "--dynamic-sampling-from 0",
     "normalised": "--normalize-advantage"}
 TRAINED = ["rpt", "ntp", "ntp-hard", "sft-own", *VARIANTS]
-TUNED = ["base", "ntp", "rpt"]                        # for Table 2
+TUNED = {"base": "{base}", "ntp": "{ntp}", "rpt": "{rpt}",  # for Table 2: what RL on questions starts from
+         "longer": "{base} --steps 200"}                    # as many steps as rpt and its RL together
 FITTED = [10, 20, 30, 40, 60, 80, 100, 125, 150]      # steps of rpt, for the scaling fit
 
 
@@ -80,9 +81,10 @@ def stages_of(names):
           EVAL + "--mode reasoning --out {run}/rpt/results.json --checkpoints {rpt_checkpoints}",
           "{run}/rpt/results.json")
     stage("The fit.", "scaling.py {run}/rpt --out {run}/scaling.json", "{run}/scaling.json")
-    for name in [name for name in TUNED if name == "base" or name in names]:
-        stage(f"RL on questions with exact answers, from {name}.", ANSWERS + f"tuned-{name} --init {{{name}}}",
-              f"{{run}}/tuned-{name}/done")
+    for name, init in TUNED.items():
+        if name in ("base", "longer", *names):
+            stage(f"RL on questions with exact answers, from {init}.",
+                  ANSWERS + f"tuned-{name} --init {init}", f"{{run}}/tuned-{name}/done")
     stage("Held-out questions, before and after.", ASK + "--out {run}/answers.json --checkpoints {tuned}",
           "{run}/answers.json")
     return stages
@@ -133,12 +135,13 @@ def table(out_dir, seeds, split="medium"):
                  for mode, key in (("ntp", "accuracy"), ("reasoning", "accuracy"), ("reasoning", "pass_at_k"),
                                    ("empty", "accuracy"))]
         rows.append(f"| {name} | {' | '.join(cells)} | {np.mean([flops(run, name) for run in runs]):.1e} |")
-    rows += ["", "| questions | before | after 50 steps of RL |", "|---|---|---|"]
+    rows += ["", "| questions, from | before RL | after RL | FLOPs after the base |", "|---|---|---|---|"]
     lines = [line for run in runs for line in read(run, "answers.json")]
     for name in TUNED:
         before, after = ([line["accuracy"] for line in lines if name_of(line) == n]
                          for n in (name, f"tuned-{name}"))
-        rows.append(f"| {name} | {cell(before)} | {cell(after)} |")
+        spent = [flops(run, f"tuned-{name}") + (name != "base") * flops(run, name) for run in runs]
+        rows.append(f"| {name} | {cell(before)} | {cell(after)} | {np.mean(spent):.1e} |")
     return "\n".join(rows)
 
 

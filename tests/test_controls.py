@@ -19,10 +19,11 @@ def test_every_flag_exists_and_every_control_starts_from_the_base_and_is_evaluat
         flags = {word for word in words if word.startswith("--")}
         assert flags <= set(re.findall(r'add(?:_argument)?\(\s*"(--[a-z-]+)"', (ROOT / script).read_text())), script
     runs = {words[words.index("--out-dir") + 1]: words for words in commands if "--out-dir" in words}
-    assert set(runs) == {f"R/{name}" for name in ["base", *controls.TRAINED, "tuned-base", "tuned-ntp", "tuned-rpt"]}
+    assert set(runs) == {f"R/{name}" for name in ["base", *controls.TRAINED, *(f"tuned-{name}" for name in controls.TUNED)]}
     for name in controls.TRAINED:
         assert runs[f"R/{name}"][runs[f"R/{name}"].index("--init") + 1] == "B"
     assert runs["R/tuned-ntp"][-1] == "N" and runs["R/tuned-rpt"][-1] == "T"
+    assert runs["R/tuned-longer"][-3:] == ["B", "--steps", "200"]
 
 
 def test_a_variant_differs_from_rpt_in_what_its_flags_say():
@@ -55,12 +56,13 @@ def test_the_table_has_the_mean_of_the_seeds_and_each_of_them(tmp_path):
     rows = controls.table(tmp_path, [0, 1]).splitlines()
     assert "| base | 21.0 (20.0, 22.0) | 51.0 (50.0, 52.0) | 90.0 (90.0, 90.0) | - | 0.0e+00 |" in rows
     assert "| rpt | 22.0 (21.0, 23.0) | 98.0 (97.0, 99.0) | 90.0 (90.0, 90.0) | - | 3.0e+09 |" in rows
-    assert "| base | 11.0 (10.0, 12.0) | 31.0 (30.0, 32.0) |" in rows
-    assert "| rpt | 41.0 (40.0, 42.0) | - |" in rows and "| ntp | - | - |" in rows
+    assert "| base | 11.0 (10.0, 12.0) | 31.0 (30.0, 32.0) | 0.0e+00 |" in rows
+    assert "| rpt | 41.0 (40.0, 42.0) | - | 3.0e+09 |" in rows and "| ntp | - | - | 0.0e+00 |" in rows
 
 
 @pytest.mark.parametrize("name", controls.TRAINED)
 def test_one_control_alone_needs_no_other(name):
     stages = controls.stages_of(list(dict.fromkeys(["rpt", name])))
     made = {command.split("--out-dir {run}/")[1].split()[0] for _, command, _ in stages if "--out-dir" in command}
-    assert made == {"base", "rpt", name, "tuned-base", "tuned-rpt"} | ({"tuned-ntp"} if name == "ntp" else set())
+    tuned = {"tuned-base", "tuned-rpt", "tuned-longer"} | ({"tuned-ntp"} if name == "ntp" else set())
+    assert made == {"base", "rpt", name} | tuned
