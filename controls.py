@@ -149,14 +149,15 @@ if __name__ == "__main__":
     sys.excepthook = speak_once
     parser = argparse.ArgumentParser(description="Controls and ablations of RPT on the embedded model.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", default=TRAINED, choices=TRAINED, metavar="NAME",
-                        help=f"of {', '.join(TRAINED)}; rpt is always trained")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of corpus, base and runs")
+    parser.add_argument("--only", nargs="+", default=argparse.SUPPRESS, choices=TRAINED, metavar="NAME",
+                        help=f"rpt and these alone, of {', '.join(TRAINED)}")
     parser.add_argument("--out-dir", default="runs/controls", help="folder for everything, below this repository")
     args = parser.parse_args()
+    only = getattr(args, "only", TRAINED)
     os.chdir(Path(__file__).resolve().parent)
     for seed in args.seeds:
-        run_seed(f"{args.out_dir}/seed-{seed}", seed, list(dict.fromkeys(["rpt", *args.only])))
+        run_seed(f"{args.out_dir}/seed-{seed}", seed, list(dict.fromkeys(["rpt", *only])))
     words = table(args.out_dir, args.seeds)
     write(f"{args.out_dir}/table.md", words + "\n")
     print(f"\n{words}\n\nwritten to {args.out_dir}/table.md")
