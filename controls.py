@@ -83,7 +83,7 @@ def stages_of(names):
     stage("The fit.", "scaling.py {run}/rpt --out {run}/scaling.json", "{run}/scaling.json")
     for name, init in TUNED.items():
         if name in ("base", "longer", *names):
-            stage(f"RL on questions with exact answers, from {init}.",
+            stage(f"RL on questions with exact answers: {name}.",
                   ANSWERS + f"tuned-{name} --init {init}", f"{{run}}/tuned-{name}/done")
     stage("Held-out questions, before and after.", ASK + "--out {run}/answers.json --checkpoints {tuned}",
           "{run}/answers.json")
