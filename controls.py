@@ -1,6 +1,6 @@
 """Is it the thinking, or something cheaper? Controls and ablations of RPT on the embedded model, in one table.
 
-    python controls.py --seeds 0 1 2                        about N minutes a seed on two cores; runs/controls
+    python controls.py --seeds 0 1 2                        about 35 minutes a seed on one core
     python controls.py --seeds 0 --only rpt ntp             some of them; a new start continues
 
 Every seed has its own corpus, base model and filter (demo.py), and everything below starts from that base:
