@@ -11,7 +11,7 @@ Two answers are equal when they are the same text, LaTeX layout aside, or when b
 A bare number equals itself with a label or a unit; two labels or two units must agree:
 
     5 = x=5 = 5 \text{ cm} = 5 apples             18 = \$18     50 = 50\%     90 = 90^\circ
-    x=5 is not y=5, 5 cm is not 5 m, 50\% is not 0.5, 5 million is not 5, 5x is not 5
+    x=5 is not y=5, 5 cm is not 5 m, 50\% is not 0.5, 5 million is not 5, 5x is not 5, 5 hours = 5 hour
 
 Where notation is ambiguous:
 
@@ -25,22 +25,23 @@ import re
 from fractions import Fraction
 
 SIGNS = str.maketrans({"−": "-", "×": "*", "·": "*", "²": "^2", "³": "^3",
-                       "π": r"\pi", "√": r"\sqrt", "∞": r"\infty"})
+                       "π": r"\pi", "√": r"\sqrt", "∞": r"\infty", "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq "})
 FENCES = [("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), (r"\boxed{", "}")]
 BRACKETS = re.compile(r"[(\[]|\\\{")
 THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])")
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
-    (r"\\(?:text(?:bf|it|rm)?|mathrm|mbox) ?\{([^{}]*)\}", r" \1 "),
+    (r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|mbox) ?\{([^{}]*)\}", r" \1 "),
     (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])", " "),
     (r"\\(?:left|right|displaystyle)(?![A-Za-z])", ""),
     (r"\\(?:times|cdot)(?![A-Za-z])", "*"),
+    (r"\\([lgn]e)(?![A-Za-z])", r"\\\1q"),
     (r" +", " "),
     (r"(?<![\w.}]) | (?![\w.])", ""),  # blanks stay between words and digits only
     (r"(?<!\\)\\([%$])", r"\1"),
     (r"\^\{?\\circ\}?|\\degree(?![A-Za-z])", "°"),
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\(frac|sqrt) ?([0-9A-Za-z])", r"\\\1{\2}"),  # \sqrt2, and the 1 of \frac12 and \frac1{2}
-    (r"(\\frac\{[^{}]*\}) ?([0-9A-Za-z])", r"\1{\2}"),  # the 2 of \frac{1}2
+    (r"(\\frac\{(?:[^{}]|\{[^{}]*\})*\}) ?([0-9A-Za-z])", r"\1{\2}"),  # the 2 of \frac{\sqrt{3}}2
     (r"([\^_])(-?[0-9]+|[A-Za-z])", r"\1{\2}"),
 ]]
 SEPARATORS = re.compile(r"([,()\[\]]|\\[{}])")
@@ -48,8 +49,9 @@ FRACTION = re.compile(r"\\frac\{([-+0-9.]+)\}\{([-+0-9.]+)\}")
 LOOSE_BLANK = re.compile(r"(?<![0-9.]) | (?![0-9.])")  # those that keep no two numbers apart
 
 DECIMAL = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
-NOT_UNITS = "and|or|half|dozen|hundred|thousand|million|billion|trillion|pi|squared|cubed|factorial"
-WORD = rf"(?!(?:{NOT_UNITS})\b)(?:[A-Za-z]{{2,}}|[mgsh])(?:\^\{{[23]\}})?"  # m is a unit, x is a factor
+NOT_UNITS = ("and|or|plus|minus|times|hal(?:f|ves)|(?:dozen|(?:ten|hundred|thousand|[mbtr]+illion)(?:th)?)s?|pi|"
+             "squared|cubed|factorial")
+WORD = rf"(?!(?i:{NOT_UNITS})\b)(?:[A-Za-z]{{2,}}|[mgsh])(?:\^\{{[23]\}})?"  # m is a unit, x is a factor
 QUANTITY = re.compile(rf"""
     (?:(?P<label>\\?[A-Za-z][\w{{}}]*)=)?  (?P<prefix>[-+$€£ ]{{0,3}})
     (?: (?:(?P<whole>[0-9]+)\ (?=[0-9]+/[0-9]+(?![0-9.])))?
@@ -57,6 +59,7 @@ QUANTITY = re.compile(rf"""
       | (?:(?P<factor>{DECIMAL})\*)?  10\^\{{(?P<power>[-+]?[0-9]{{1,3}})\}} )
     (?P<unit>\ ?[%°$€£]|(?:\ {WORD}(?:[ /]{WORD})*))?""", re.VERBOSE)
 LONGEST = 500  # characters of a number
+PLURAL = re.compile(r"(?<=[a-z]{3})s\b")  # ms is no plural of m
 SYMBOLS = {"$": "dollars", "%": "percent", "°": "degrees"}
 
 
@@ -106,4 +109,4 @@ def quantity(text: str) -> tuple[str, Fraction, str] | None:
         return None  # 3 4/2 is no mixed number
     number = (number + int(whole or 0)) * (-1) ** prefix.count("-")
     unit = (prefix.strip("-+ ") + unit).strip()
-    return label, number, SYMBOLS.get(unit, unit)
+    return label, number, PLURAL.sub("", SYMBOLS.get(unit, unit))

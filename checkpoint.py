@@ -28,7 +28,7 @@ def save_checkpoint(run, step, model, tokenizer, optimizer, **state):
     partial = folder + ".partial"
 
     def clean():
-        for leftover in glob.glob(f"{run}/step_*.partial"):  # of a run that was killed while saving
+        for leftover in glob.glob(f"{glob.escape(run)}/step_*.partial"):  # of a run that was killed while saving
             shutil.rmtree(leftover)
 
     def describe():
@@ -39,7 +39,7 @@ def save_checkpoint(run, step, model, tokenizer, optimizer, **state):
         shutil.rmtree(folder, ignore_errors=True)   # a resumed run that comes by again
         os.rename(partial, folder)
         write(f"{run}/latest", os.path.basename(folder))
-        for old in glob.glob(f"{run}/step_*/optimizer"):
+        for old in glob.glob(f"{glob.escape(run)}/step_*/optimizer"):
             if os.path.dirname(old) != folder:
                 shutil.rmtree(old)
 
@@ -103,11 +103,19 @@ def load_trainer(folder, model, optimizer):
 
 
 def checkpoint_to_resume(args):
-    """Folder of the checkpoint that --resume goes on from, or None; ValueError if it would erase a run."""
+    """Folder of the checkpoint that --resume goes on from, or None.
+
+    ValueError if the run would be erased, or is not one of this trainer.
+    """
     checkpoint = latest_checkpoint(args.out_dir)
     if checkpoint and not args.resume:
         raise ValueError(f"{args.out_dir} already holds a run; --resume continues it, "
                          "another --out-dir starts afresh")
+    if checkpoint:
+        with open(f"{args.out_dir}/args.json") as file:
+            if ("rollouts" in json.load(file)) != hasattr(args, "rollouts"):
+                raise ValueError(f"{args.out_dir} is a run of the other trainer: take --init {checkpoint} and "
+                                 "another --out-dir")
     return checkpoint
 
 

@@ -6,7 +6,7 @@
 Every seed has its own corpus, base model and filter (demo.py), and everything below starts from that base:
     rpt           the run that is explained
     ntp           next-token prediction on the same text, for the FLOPs that rpt has spent
-    ntp-hard      the same with a loss only for the tokens that rpt trains on
+    ntp-hard      the same with a loss only for tokens that rpt may train on: those above its threshold
     sft-own       supervised training on the base's own right rollouts: as many rollouts as rpt has sampled,
                   then as many FLOPs as rpt's updates
     no-thought    RPT whose prompt closes the thought at once; its steps are short, so it takes more of them
@@ -56,14 +56,16 @@ FITTED = [10, 20, 30, 40, 60, 80, 100, 125, 150]      # steps of rpt, for the sc
 
 def stages_of(names):
     """Names of what to train -> the stages of one seed, as demo.run_stages takes them."""
-    stages = list(STAGES[:3])
+    stages = list(STAGES[:2])
     stage = lambda why, command, result: stages.append((why, command, result))
+    why, command, result = STAGES[2]
+    stage(why, command.replace(" --documents 1200", ""), result)  # all: nobody shall see a document many times
     stage("RPT.", RPT + "rpt --save-every 5", "{run}/rpt/done")
     if "ntp" in names:
         stage("Control: next-token prediction for the same FLOPs.",
               NTP + "--documents-per-step 24 --lr 1e-3 --out-dir {run}/ntp", "{run}/ntp/done")
     if "ntp-hard" in names:
-        stage("Control: the same, a loss only for the tokens that RPT trains on.",
+        stage("Control: the same, a loss only for tokens that RPT may train on.",
               NTP + "--documents-per-step 24 --lr 1e-3 --entropy-threshold 0.5 --proxy {base} "
               "--out-dir {run}/ntp-hard", "{run}/ntp-hard/done")
     if "sft-own" in names:
@@ -76,7 +78,7 @@ def stages_of(names):
         if name in VARIANTS:
             stage(f"RPT with {VARIANTS[name]}.", RPT + f"{name} {VARIANTS[name]}", f"{{run}}/{name}/done")
     stage("Everything on the same held-out positions.",
-          EVAL + "--mode all --out {run}/results.json --checkpoints {base} {trained}", "{run}/results.json")
+          EVAL + "--mode all --dump {run}/thoughts.jsonl --out {run}/results.json --checkpoints {base} {trained}", "{run}/results.json")
     stage("RPT's checkpoints, for the scaling fit.",
           EVAL + "--mode reasoning --out {run}/rpt/results.json --checkpoints {rpt_checkpoints}",
           "{run}/rpt/results.json")
@@ -95,9 +97,19 @@ def newest(run, names):
     return [folder for folder in (latest_checkpoint(f"{run}/{name}") for name in names) if folder]
 
 
+def forget_tables(run, names):
+    """Delete results that lack one of these: of a call with other names."""
+    tuned = {f"tuned-{name}" for name in TUNED if name in ("base", "longer", *names)}
+    for file, wanted in (("results.json", set(names)), ("answers.json", tuned)):
+        path = Path(run, file)
+        if path.exists() and not wanted <= {Path(r["checkpoint"]).parent.name for r in json.loads(path.read_text())}:
+            path.unlink()
+
+
 def run_seed(run, seed, names):
     """Everything of one seed into the folder `run`; what is there already is not done again."""
     base = f"{run}/base/step_{BASE_STEPS:06d}"
+    forget_tables(run, names)
 
     def words():
         tuned = [folder for name in TUNED

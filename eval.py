@@ -9,7 +9,7 @@ lm: held-out positions are split by the entropy of one reference model, as in Ta
 are entropy > 0.5, 1.0 and 1.5 nats, nested. Every checkpoint answers the same positions:
     ntp         the most probable next token after the context alone: right or wrong
     reasoning   K sampled thoughts with a prediction: mean reward, and pass@K (any of the K right)
-    empty       the same with </think> as the first thing of the response: what the thought itself adds
+    empty       the same with </think> as the first thing of the response, and a box next: what the thought adds
 choices: multiple choice without examples. reasoning asks for the letter in \boxed{}; likelihood takes the
 option whose text has the highest log-prob after the question (likelihood_norm: per byte of the option).
 answers: an exact answer in \boxed{}. patterns: what the dumped thoughts look like.
@@ -36,7 +36,7 @@ from eval_tasks import (ASK, LETTERS, SOLVE, TOKENS_PER_PASS, is_letter, lettere
                         print_patterns, question_prompt, read_choices, read_questions, read_responses)
 from kernels.attention import make_layout
 from model import GPT
-from reward import extract_prediction, prefix_match
+from reward import box_at_once, extract_prediction, prefix_match
 from sample import generate, rollout_bar, truncation
 from train_ntp import check_range, micro_batches
 from task import make_question, sample_record, score
@@ -71,9 +71,15 @@ def sample_responses(model, tokenizer, prompts, args, desc, start=()):
 
 # ---- what is counted ---------------------------------------------------------------------------------------
 def interval(values, documents, seed):
-    """(n,) values and the document of each -> ends of the 95 % bootstrap interval of their mean."""
+    """(n,) values and the document of each -> ends of the 95 % bootstrap interval of their mean.
+
+    Where all values are equal no resample differs; it is Wilson's interval then, of as many trials as documents.
+    """
     _, document = np.unique(documents, return_inverse=True)
     sums, counts = np.bincount(document, weights=values), np.bincount(document)
+    if np.ptp(values) == 0:
+        width = 1.96**2 / (len(sums) + 1.96**2)
+        return values[0] * (1 - width) + np.array([0, width])
     drawn = np.random.default_rng(seed).integers(len(sums), size=(BOOTSTRAP, len(sums)))
     return np.percentile(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1), [2.5, 97.5])
 
@@ -134,14 +140,16 @@ def ntp_hits(model, corpus, positions, room):
 def reasoning_groups(model, tokenizer, corpus, positions, args, mode="reasoning"):
     """(n, 3) positions -> a Group of args.samples scored rollouts for each.
 
-    Every template opens the thought. Mode "empty" closes it at once, with the same prompt and the same room.
+    Every template opens the thought. Mode "empty" closes it at once, with the same prompt and the same room, and
+    counts a box only where nothing stands before it.
     """
     template = template_ids(tokenizer, args.template)
     room = min(args.max_prompt_tokens, model.config.max_positions - args.max_new_tokens)
     questions = [make_question(corpus, tokenizer, position, template, room) for position in positions]
     start = tokenizer.encode("</think>", special=True) if mode == "empty" else ()
     rollouts = sample_responses(model, tokenizer, [q.prompt for q in questions], args, mode, start)
-    return [score(tokenizer, question, r) for question, r in zip(questions, rollouts)]
+    extract = box_at_once if mode == "empty" else extract_prediction
+    return [score(tokenizer, question, r, extract=extract) for question, r in zip(questions, rollouts)]
 
 
 def count_groups(groups):

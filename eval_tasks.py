@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from answers import layout_free
 from data.prepare import JSON_NAMES, check_text
 from data.prompt import CHAT
 from kernels.attention import make_layout
@@ -172,9 +173,9 @@ def lettered(choice):
 
 
 def is_letter(prediction, letter):
-    r"""Is it B, (B), B. or \text{B}, with or without spaces around it? prediction: bytes, or None."""
-    forms = (letter, f"({letter})", f"{letter}.", rf"\text{{{letter}}}")
-    return prediction is not None and prediction.strip(b" ") in [form.encode() for form in forms]
+    r"""Is it B, however dressed: (B), B., \textbf{B}, $B$, or with its option, B. two? prediction: bytes, or None."""
+    said = layout_free((prediction or b"").decode("utf-8", "replace"))
+    return bool(re.fullmatch(rf"\(?{letter}(?:[).:].*)?", said, re.DOTALL))
 
 
 @torch.no_grad()

@@ -243,13 +243,16 @@ class GPT(nn.Module):
         files = split_files({name if name == "lm_head.weight" else f"model.{name}": weight.detach()
                              for name, weight in self.named_parameters()})
         error = None
-        if parallel.RANK == 0:
-            os.makedirs(folder, exist_ok=True)
-            with open(f"{folder}/config.json", "w") as file:
-                json.dump(huggingface_config(self.config, self.embed_tokens.weight.dtype), file, indent=2)
-            if len(files) > 1:
-                with open(f"{folder}/model.safetensors.index.json", "w") as file:
-                    json.dump(index_of(files), file, indent=2)
+        try:
+            if parallel.RANK == 0:
+                os.makedirs(folder, exist_ok=True)
+                with open(f"{folder}/config.json", "w") as file:
+                    json.dump(huggingface_config(self.config, self.embed_tokens.weight.dtype), file, indent=2)
+                if len(files) > 1:
+                    with open(f"{folder}/model.safetensors.index.json", "w") as file:
+                        json.dump(index_of(files), file, indent=2)
+        except OSError as reason:  # a full disk; the other ranks still count on us
+            error = reason
         for path, weights in files.items():
             tensors = {}
             for name, weight in weights.items():
@@ -259,7 +262,7 @@ class GPT(nn.Module):
             try:
                 if tensors:
                     save_file(tensors, f"{folder}/{path}", metadata={"format": "pt"})
-            except SafetensorError as reason:  # a full disk arrives here; the other ranks still count on us
+            except SafetensorError as reason:  # the same disk
                 error = OSError(f"{folder}/{path}: cannot write ({reason})")
         if error:
             raise error

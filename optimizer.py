@@ -3,7 +3,7 @@
 The moments exist from the start: what fits in the first step fits in all, and a resumed run fills them in place.
 In bf16 they take 4 bytes of memory a parameter instead of 8. Rounding to nearest would freeze the second one: a
 step changes it by about 0.1 % (beta 0.999), a bf16 number has steps of 0.4 %. So they are rounded up or down at
-random, right on average (stochastic rounding); the random bits are a function of (step, parameter, rank).
+random, right on average (stochastic rounding); the random bits are a function of (step, parameter, part).
 """
 import torch
 from torch.optim.adamw import adamw
@@ -40,7 +40,8 @@ class AdamW16(torch.optim.AdamW):
                       lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
                 if i == 0:
                     step = int(state["step"])
-                generator.manual_seed((step * len(group["params"]) + i) * parallel.WORLD + parallel.RANK)
+                part, parts = parallel.part(weight)
+                generator.manual_seed((step * len(group["params"]) + i) * parts + part)
                 for moment, exact in zip(kept, (m, v)):
                     moment.copy_(round_at_random(exact, generator))
 

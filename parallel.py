@@ -9,12 +9,14 @@ import atexit
 import os
 import sys
 import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
+PATIENCE = timedelta(hours=2)  # for the rank with the longest thoughts; a dead one is torchrun's to notice
 
 
 def start(device):
@@ -26,7 +28,7 @@ def start(device):
         torch.cuda.set_device(device)
     if WORLD > 1:
         hook = sys.excepthook  # torch wraps it, and would lose the last words of a process that leaves at once
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
         sys.excepthook = hook
         atexit.register(leave)
     return device
@@ -72,14 +74,17 @@ def local(parameter):
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
+def part(parameter):
+    """Which part of a parameter this rank holds, and of how many; copies (HSDP) hold the same parts."""
+    mesh = getattr(parameter, "device_mesh", None)
+    return (mesh.get_coordinate()[-1], mesh.size(-1)) if mesh else (0, 1)
+
+
 def rows(parameter):
     """Which rows of the whole parameter these are, as a slice: FSDP2 cuts dimension 0 as torch.chunk does."""
-    count = parameter.shape[0]
-    if not hasattr(parameter, "to_local"):
-        return slice(0, count)
-    mesh = parameter.device_mesh
-    size, part = -(-count // mesh.size(-1)), mesh.get_coordinate()[-1]
-    return slice(min(count, part * size), min(count, (part + 1) * size))
+    count, (index, parts) = parameter.shape[0], part(parameter)
+    size = -(-count // parts)
+    return slice(min(count, index * size), min(count, (index + 1) * size))
 
 
 def whole(tensor):

@@ -199,6 +199,8 @@ def leanest(config, args):
 
 def advice(config, args):
     """Which flags, and if need be how many GPUs, make it fit."""
+    if args.kv_gb is not None and not sampling(config, args)[1]:
+        return f"--kv-gb {args.kv_gb:g} has no room for one prompt with its response"
     for gpus in (args.gpus * 2 ** n for n in range(8)):
         flags = leanest(config, Namespace(**vars(args) | dict(gpus=gpus)))
         if flags is not None:
@@ -214,6 +216,10 @@ def report(args):
     fit, *peaks = fits(config, args)
     print(f"{args.init}: {count_parameters(config)[1] / 1e9:.3g} B parameters, --gpus {args.gpus} --gpu-gb "
           f"{args.gpu_gb:g} --device {args.device} --kernels {args.kernels}")
+    P, R = lengths(config, args)
+    cut = P < min(args.max_prompt_tokens, config.max_positions - R)
+    print(f"prompts of {P:,} tokens, responses of {R:,}" + cut * (
+        f"; a longer prompt would be refused: --tokens-per-micro-batch is {args.tokens_per_micro_batch:,}"))
     print(f"{'GB (10^9 bytes) each':32}    sampling      update")
     for name in sorted(peaks[0] | peaks[1], key="reserve".__eq__):
         print(f"{name:32}" + "".join(f"{peak[name] / 1e9:12.2f}" if name in peak else f"{'-':>12}"

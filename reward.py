@@ -45,6 +45,14 @@ def extract_prediction(response: bytes) -> bytes | None:
     return content[:end] if end >= 0 else None
 
 
+def box_at_once(answer: bytes) -> bytes | None:
+    r"""The bytes in the box of an answer that has to do without a thought: one \boxed{...}, and nothing before it."""
+    answer = answer.removeprefix(b"</think>").lstrip()
+    if not answer.startswith(rb"\boxed{") or answer.count(rb"\boxed{") > 1 or b"</think>" in answer:
+        return None
+    return extract_prediction(b"</think>" + answer)
+
+
 def prefix_match(prediction: bytes | None, truth: list[bytes]) -> float:
     """1.0 iff the prediction is the first k >= 1 true tokens, joined; truth holds the tokens' raw bytes."""
     if not prediction:

@@ -14,6 +14,7 @@ from kernels.attention import make_layout
 from kernels.rows import linear
 from data.prompt import build_prompt
 from reward import conditional_dense, dense, extract_prediction, first_token_match, prefix_match
+from train_ntp import micro_batches
 
 TRUTH_TOKENS = 32     # true tokens a prediction may cover; the paper does not say
 CONTEXT_LOGGED = 64   # tokens of the context in samples.jsonl
@@ -25,7 +26,7 @@ REWARDS = {           # of the paper's appendix A; dense ones get the model's pr
 @dataclass
 class Question:
     """What the model sees, and what would be right."""
-    context: list            # lm: token ids of the document before the position; answers: of the question
+    context: list            # lm: token ids before the position, as many as have room; answers: the question's
     prompt: list             # template, context (or its end), template
     truth: list | str        # lm: raw bytes of each of the next tokens of the document; answers: the answer
     position: int            # lm: of the first of them in the corpus; answers: number of the question
@@ -44,7 +45,7 @@ def make_question(corpus, tokenizer, position, template, room):
     """position: (t, document start, document end) -> Question; a context without room loses its head."""
     t, start, end = position
     truth = [tokenizer.token_bytes(int(id)) for id in corpus.tokens[t:min(end, t + TRUTH_TOKENS)]]
-    context = corpus.tokens[start:t].tolist()
+    context = corpus.tokens[max(start, t - room):t].tolist()
     return Question(context, build_prompt(context, *template, room), truth, int(t))
 
 
@@ -60,30 +61,31 @@ def exact_question(tokenizer, number, question, truth, template, close, room):
     return Question(tokenizer.encode(question), prompt, truth, number)
 
 
-def score(tokenizer, question, rollouts, match=prefix_match, thought=b""):
-    """Rollouts of one question -> Group. thought: what the prompt has already put before the responses."""
-    predictions = [extract_prediction(thought + tokenizer.decode_bytes(r.tokens)) for r in rollouts]
+def score(tokenizer, question, rollouts, match=prefix_match, extract=extract_prediction):
+    """Rollouts of one question -> Group. extract: extract_prediction, or box_at_once behind a closed thought."""
+    predictions = [extract(tokenizer.decode_bytes(r.tokens)) for r in rollouts]
     return Group(question, rollouts, predictions, [float(match(p, question.truth)) for p in predictions])
 
 
 @torch.no_grad()
-def make_dense(model, tokenizer, groups, conditional=False):
+def make_dense(model, tokenizer, groups, tokens_per_pass, conditional=False):
     """Give wrong predictions the model's probability of their first token after the context (appendix A).
 
     conditional: only in groups with a right one. A response without a box stays at 0.
     """
-    contexts = [g.question.context[-model.config.max_positions:] for g in groups]
-    layout = make_layout([(len(context), []) for context in contexts], model.device)
-    tokens = torch.tensor(sum(contexts, []), device=model.device)
-    hidden = model.packed_hidden(tokens, layout)[layout.last_rows]                       # (N, D)
-    probabilities = linear(hidden, model.head).float().softmax(dim=-1)                   # (N, V)
-    for group, row in zip(groups, probabilities):
-        firsts = [tokenizer.encode((p or b"").decode("utf-8", "replace"))[:1] for p in group.predictions]
-        guessed = [row[first].item() if first else 0.0 for first in firsts]
-        if conditional:
-            group.rewards = conditional_dense(group.rewards, guessed)
-        else:
-            group.rewards = [dense(match, p) for match, p in zip(group.rewards, guessed)]
+    for batch in micro_batches(groups, tokens_per_pass, lambda g: len(g.question.context)):
+        contexts = [g.question.context for g in batch]
+        layout = make_layout([(len(context), []) for context in contexts], model.device)
+        tokens = torch.tensor(sum(contexts, []), device=model.device)
+        hidden = model.packed_hidden(tokens, layout)[layout.last_rows]                   # (N, D)
+        probabilities = linear(hidden, model.head).float().softmax(dim=-1)               # (N, V)
+        for group, row in zip(batch, probabilities):
+            firsts = [tokenizer.encode((p or b"").decode("utf-8", "replace"))[:1] for p in group.predictions]
+            guessed = [row[first].item() if first else 0.0 for first in firsts]
+            if conditional:
+                group.rewards = conditional_dense(group.rewards, guessed)
+            else:
+                group.rewards = [dense(match, p) for match, p in zip(group.rewards, guessed)]
 
 
 def sample_record(tokenizer, step, group, i):

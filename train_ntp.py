@@ -24,7 +24,8 @@ import torch
 from tqdm import tqdm
 
 import parallel
-from checkpoint import append, catch_interrupts, checkpoint_to_resume, load_trainer, open_run, save_checkpoint
+from checkpoint import (append, catch_interrupts, checkpoint_to_resume, latest_checkpoint, load_trainer, open_run,
+                        save_checkpoint)
 from data import speak_once
 from data.filter import find_scores, load_positions
 from data.prepare import load_corpus
@@ -199,8 +200,8 @@ def parse_args():
     args = parser.parse_args()
     check_range(args, 2, "max_tokens")
     check_range(args, 1, "steps tokens_per_micro_batch save_every")
-    check_range(args, 0, "documents_per_step strings_per_step problem_weight lr warmup_steps grad_clip "
-                         "ranks_per_copy seed")
+    check_range(args, 0, "documents_per_step strings_per_step problem_weight lr warmup_steps ranks_per_copy seed")
+    check_range(args, 1e-3, "grad_clip")
     return args
 
 
@@ -250,7 +251,8 @@ if __name__ == "__main__":
     count = lambda sequences: sum(len(prompt) + len(response) for prompt, response, _ in sequences)
     if args.match_compute:
         budget = flops_of_run(args.match_compute, parameters, args.updates_only)
-        args.steps = max(1, round(budget / (6 * parameters * count(batch(0)))))
+        tokens = np.mean([count(batch(step)) for step in range(100)])                    # of an update
+        args.steps = max(1, round(budget / (6 * parameters * tokens)))
         print0(f"{args.match_compute} spent {budget:.2e} FLOPs; that is {args.steps} steps here")
     parallel.on_rank_0(lambda: open_run(args, checkpoint))
     print0(f"{parameters:,} parameters, {len(train_docs):,} documents, {len(strings):,} strings, "
@@ -279,4 +281,4 @@ if __name__ == "__main__":
         if stop:
             print0(f"\nstopped after step {step + 1} and saved; the same command with --resume continues")
             sys.exit(0)
-    print0(f"done: {args.out_dir}/step_{args.steps:06d}")
+    print0(f"done: {latest_checkpoint(args.out_dir)}")

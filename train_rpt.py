@@ -29,7 +29,8 @@ import torch
 import kernels
 import parallel
 from alarms import blame, watcher
-from checkpoint import append, catch_interrupts, checkpoint_to_resume, load_trainer, open_run, save_checkpoint
+from checkpoint import (append, catch_interrupts, checkpoint_to_resume, latest_checkpoint, load_trainer, open_run,
+                        save_checkpoint)
 from data import speak_once
 from data.filter import find_scores, load_positions
 from data.prepare import load_corpus
@@ -41,6 +42,7 @@ from kernels.attention import make_layout
 from model import GPT, read_config
 from optimizer import make_optimizer
 from parallel import print0
+from reward import box_at_once, extract_prediction
 from sample import generate, rollout_bar
 from task import REWARDS, exact_question, make_dense, make_question, sample_record, score
 from train_ntp import check_range, clip_gradients, join_idly, micro_batches, shuffled
@@ -272,15 +274,18 @@ def parse_args(words=None):
     needed = "data" if args.task == "answers" else "corpus"
     if not (plan or getattr(args, needed)):
         raise ValueError(f"--task {args.task} needs --{needed}")
+    if args.task == "answers" and args.reward != "prefix":
+        raise ValueError(f"--reward {args.reward} is for --task lm: exact answers are right or wrong")
     if args.task == "answers" and args.template not in ASK:
         raise ValueError(f"--task answers: --template {args.template} is none of {', '.join(ASK)}")
     kernels.use(args.kernels)
     args.kernels = kernels.chosen(torch.device(args.device))
-    check_range(args, 1, "steps batch_size rollouts max_prompt_tokens max_new_tokens max_rounds max_rows "
+    check_range(args, 2, "rollouts")     # one has nothing to be better than
+    check_range(args, 1, "steps batch_size max_prompt_tokens max_new_tokens max_rounds max_rows "
                          "updates_per_batch tokens_per_micro_batch save_every gpus gpu_gb")
-    check_range(args, 0, "entropy_threshold lr weight_decay grad_clip clip_low clip_high importance_cap "
-                         "entropy_coef ranks_per_copy seed")
-    check_range(args, 1e-3, "temperature")
+    check_range(args, 0, "entropy_threshold lr weight_decay clip_low clip_high importance_cap entropy_coef "
+                         "ranks_per_copy seed")
+    check_range(args, 1e-3, "temperature grad_clip")
     return args
 
 
@@ -311,7 +316,7 @@ if __name__ == "__main__":
         ask = lambda i: exact_question(tokenizer, i, *pairs[i], args.template, close, room)
         longest = max(items, key=lambda i: len(ask(i).prompt))                       # all of them have room
     judge = partial(score, tokenizer, match=answers_equal if args.task == "answers" else REWARDS[args.reward],
-                    thought=tokenizer.decode_bytes(close))
+                    extract=box_at_once if args.no_thought else extract_prediction)
     check_budget(len(ask(longest).prompt), args.max_new_tokens, args.tokens_per_micro_batch)
     model = GPT.from_pretrained(
         checkpoint or args.init, device=device,
@@ -336,9 +341,9 @@ if __name__ == "__main__":
         seen, kept = [], []              # groups of this rank: all that were sampled, and those that train
         missing = args.batch_size        # groups still wanted, over all ranks
         dt_gen, dt_reward, stats = 0.0, 0.0, {}
+        clock = time.perf_counter()
         policy = model.cast()            # whole, in bf16 on a GPU: the sampler of this step
         for draw in range(args.max_rounds if dynamic else 1):
-            clock = time.perf_counter()
             chosen = items[shuffled(len(items), cursor, args.batch_size, args.seed)]
             cursor += args.batch_size
             mine = parallel.share(args.batch_size)
@@ -348,15 +353,17 @@ if __name__ == "__main__":
                 rollouts = generate(policy, [q.prompt for q in questions], args.rollouts, args.max_new_tokens,
                                     args.temperature, stop_ids(tokenizer), (args.seed, step, draw),
                                     mine.start, args.max_rows, args.kv_gb, progress, stats)
-            dt_gen, clock = dt_gen + time.perf_counter() - clock, time.perf_counter()
+            dt_gen += max(parallel.gather_lists([time.perf_counter() - clock]))          # of the slowest rank
+            clock = time.perf_counter()
             groups = [judge(question, r) for question, r in zip(questions, rollouts)]
             if "dense" in args.reward:
-                make_dense(policy, tokenizer, groups, args.reward == "conditional-dense")
+                make_dense(policy, tokenizer, groups, args.tokens_per_micro_batch,
+                           conditional=args.reward == "conditional-dense")
             alive = parallel.gather_lists([not dynamic or len(set(g.rewards)) > 1 for g in groups])
             useful = np.flatnonzero(alive)[:missing]                                     # equal on all ranks
             kept += [groups[i - mine.start] for i in useful if mine.start <= i < mine.stop]
             seen, missing = seen + groups, missing - len(useful)
-            dt_reward += time.perf_counter() - clock
+            dt_reward, clock = dt_reward + time.perf_counter() - clock, time.perf_counter()
             if not missing:
                 break
         del policy                       # its memory is for the update
@@ -375,6 +382,8 @@ if __name__ == "__main__":
         seen = parallel.gather_lists(seen)
         metrics = dict(step=step + 1) | rollout_metrics(seen) | metrics
         sampled = sum(group_tokens(g) for g in seen)                                     # prompts once
+        if "dense" in args.reward:
+            sampled += sum(len(g.question.context) for g in seen)
         trained = metrics["trained_tokens"]
         metrics |= dict(lr=args.lr, occupancy=stats.get("occupancy"),
                         gen_tok_s=metrics["tokens"] / dt_gen, train_tok_s=trained / dt_train,
@@ -396,4 +405,4 @@ if __name__ == "__main__":
         if stop:
             print0(f"stopped after step {step + 1} and saved; the same command with --resume continues")
             sys.exit(0)
-    print0(f"done: {args.out_dir}/step_{args.steps:06d}, curves: python plot.py {args.out_dir}")
+    print0(f"done: {latest_checkpoint(args.out_dir)}, curves: python plot.py {args.out_dir}")

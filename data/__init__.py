@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from traceback import format_exception
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -30,7 +31,7 @@ def speak_once(kind, error, traceback):
     elif mendable:
         message, code = f"{os.path.basename(sys.argv[0])}: {error}", 2
     else:
-        return sys.__excepthook__(kind, error, error.__traceback__)
+        message, code = "".join(format_exception(error)).rstrip(), 1
     with suppress(OSError):  # a closed pipe has nobody left to tell
         print(message, file=sys.stderr, flush=True)
         sys.stdout.flush()

@@ -123,11 +123,12 @@ if __name__ == "__main__":
                 text = tokenizer.decode_bytes(prompt + response).decode()
                 file.write(json.dumps(dict(prompt=prompt, response=response, text=text)) + "\n")
     Path(f"{strings}.partial").rename(strings)
-    questions = {}
+    questions, known = {}, {repr(sum_) for _, _, *sum_ in documents.values()}  # no sum twice, and none of the text's
     while len(questions) < sum(QUESTIONS):
-        problem, solution, *_ = write_document(rng, QUESTION_STEPS)
+        problem, solution, *sum_ = write_document(rng, QUESTION_STEPS)
         asked, _, answer = solution.removesuffix(".").rpartition(" ")
-        if problem not in documents:
+        if repr(sum_) not in known:
+            known.add(repr(sum_))
             questions[problem + asked] = answer
     records = [json.dumps(dict(question=q, answer=a)) + "\n" for q, a in questions.items()]
     write(f"{args.out}/questions.jsonl", "".join(records[:QUESTIONS[0]]))

@@ -209,5 +209,7 @@ def test_documents_of_unequal_size_are_drawn_whole_and_the_interval_still_holds_
     assert 0.91 <= held / 250 <= 0.98
 
 
-def test_without_variance_the_interval_is_a_point():
-    assert interval(np.ones(10), np.arange(10), seed=0).tolist() == [1, 1]
+def test_no_hit_in_100_is_no_certainty_of_zero():
+    """Wilson's interval, worked out by hand: 0 of n, n of n."""
+    assert interval(np.zeros(200), np.arange(200) // 2, seed=0) == pytest.approx([0, 0.03699], abs=1e-5)
+    assert interval(np.ones(10), np.arange(10), seed=0) == pytest.approx([0.72246, 1], abs=1e-5)

@@ -105,9 +105,10 @@ def test_a_file_without_lines_is_refused(lines):
 
 
 # ---- asking and judging ------------------------------------------------------------------------------------
-def test_a_letter_counts_in_four_forms_and_nothing_else_does():
-    right = ["B", " B ", "(B)", "B.", r"\text{B}", r"  \text{B}"]
-    wrong = ["b", "A", "", "BB", "B)", "(B).", "B. two", "option B", r"\text{ B}", r"\textbf{B}", r"\text{(B)"]
+def test_a_letter_counts_however_it_is_dressed_and_with_its_option():
+    right = ["B", " B ", "(B)", "B.", r"\text{B}", r"  \text{B}", "(b)", "B)", "(B).", "B:", "B\n", "$B$", r"\mathbf{B}",
+             r"\textbf{(B)}", r"\mathrm{B}", "B. two", "B) 42", "(B) two", "B: two\nof them"]
+    wrong = ["b", "A", "", "BB", "B, C", "B and C", "B or C", "option B", "Because", "A. B", "(A) B", "B two", "C)"]
     assert [form for form in right if not is_letter(form.encode(), "B")] == []
     assert [form for form in wrong if is_letter(form.encode(), "B")] == []
     assert not is_letter(None, "B")

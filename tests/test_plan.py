@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -129,6 +130,17 @@ def test_a_kv_cache_without_room_for_one_rollout_is_said_to_fit():
     parts, rows = plan.sampling(config, args)                            # a row: 12,287 tokens x 12,288 bytes
     assert rows == 0 and parts["KV cache, 0 of 256 rows"] == 0 and not plan.fits(config, args)[0]
     assert plan.sampling(config, flags("--gpus 8 --device cuda --kv-gb 0.152"))[1] == 1
+
+
+def test_the_plan_says_which_prompts_it_counts_and_that_the_cache_is_too_small(tmp_path, capsys):
+    config = plan.qwen("0.5B")
+    with patch.object(plan, "read_config", lambda _: config):
+        plan.report(flags("--device cuda --tokens-per-micro-batch 8200"))
+        assert "prompts of 8 tokens, responses of 8,192; a longer prompt would be refused" in capsys.readouterr().out
+        plan.report(flags("--device cuda --kv-gb 0.1"))
+        said = capsys.readouterr().out
+    assert "prompts of 4,096 tokens, responses of 8,192\n" in said
+    assert "it does not fit; --kv-gb 0.1 has no room for one prompt with its response" in said
 
 
 def test_plan_asks_for_a_corpus_or_for_weights(tmp_path, capsys):

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from reward import conditional_dense, dense, extract_prediction, first_token_match, prefix_match
+from reward import box_at_once, conditional_dense, dense, extract_prediction, first_token_match, prefix_match
 
 THE_ANSWER = [b" the", b" answer", b" is"]
 SNOWMAN = [b"\xe2\x98", b"\x83", b"!"]  # the character U+2603 split over two tokens
@@ -144,6 +144,20 @@ def test_a_rollout_that_repeats_the_box_forever_is_read_in_linear_time():
 ])
 def test_first_token_reward(name, prediction, truth, reward):
     assert first_token_match(prediction, truth) == reward
+
+
+@pytest.mark.parametrize("answer, content", [
+    (rb"\boxed{ odd}<|end|>", b" odd"),
+    (rb"</think>\boxed{ odd}", b" odd"),                       # the thought closed by the response itself
+    (b"\n\n\\boxed{}} and so on", b""),
+    (rb"Well, \boxed{ odd}", None),                            # a thought outside of the tags is one
+    (rb"It is odd.</think>\boxed{ odd}", None),
+    (rb"\boxed{ even}. No, \boxed{ odd}", None),
+    (rb"\boxed{ even}</think>\boxed{ odd}", None),
+    (rb"\boxed{ odd", None),
+    (b"", None)])
+def test_behind_a_closed_thought_nothing_stands_before_the_box(answer, content):
+    assert box_at_once(answer) == content
 
 
 def test_a_prefix_match_is_a_first_token_match_and_not_the_reverse():

@@ -154,6 +154,14 @@ def test_a_folder_that_cannot_be_written_is_one_line_and_no_hang(corpus, base, t
     assert code != 0 and err.count("train_rpt.py: ") == 1 and "Not a directory" in err
 
 
+def test_a_rank_that_cannot_write_still_takes_part_in_what_the_others_wait_for(tmp_path):
+    gpt = tiny_model(500)
+    (tmp_path / "file").touch()
+    with patch.object(parallel, "whole", wraps=parallel.whole) as whole, pytest.raises(NotADirectoryError):
+        gpt.save_pretrained(tmp_path / "file" / "checkpoint")
+    assert whole.call_count == len(list(gpt.parameters()))
+
+
 # ---- loading and saving ------------------------------------------------------------------------------------
 
 def test_weights_in_several_files_load_here_and_in_transformers(tmp_path):
@@ -202,6 +210,38 @@ def test_a_damaged_optimizer_is_one_line_on_resume(corpus, base, tmp_path, damag
         shard.write_bytes(shard.read_bytes()[:1000])
     code, _, err = run_here(*line, "--resume")
     assert code == 2 and err.count("\n") == 1 and "step_000003/optimizer: damaged or incomplete" in err
+
+
+COPIES = """
+import hashlib, torch, parallel
+from kernels.attention import make_layout
+from optimizer import make_optimizer
+from tiny import tiny_model
+parallel.start("cpu")
+model = tiny_model(64)
+parallel.shard(model, ranks_per_copy=2)
+optimizer = make_optimizer(model, 1e-2, (0.9, 0.999), 0.01, bf16_moments=True)
+for step in range(3):
+    optimizer.zero_grad()
+    logprobs, _ = model.logprobs(torch.arange(9), make_layout([(4, [5])]))
+    logprobs.sum().backward()
+    optimizer.step()
+digest = hashlib.sha256()
+for weight in model.parameters():
+    digest.update(parallel.local(weight).detach().numpy().tobytes())
+    digest.update(parallel.local(optimizer.state[weight]["exp_avg"]).float().numpy().tobytes())
+parallel.print0(*parallel.gather_lists([digest.hexdigest()]))
+"""
+
+
+def test_copies_of_the_weights_stay_the_same_with_randomly_rounded_moments(tmp_path):
+    """Ranks 0 and 2 hold the same rows, and 1 and 3: nothing would ever bring them together again."""
+    (tmp_path / "copies.py").write_text(COPIES)
+    with patch.dict(ENVIRONMENT, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"):
+        code, out, err = run_on(4, [str(tmp_path / "copies.py")])
+    assert code == 0, err
+    parts = out.split()
+    assert parts[0] == parts[2] != parts[1] == parts[3]
 
 
 # ---- memory ------------------------------------------------------------------------------------------------

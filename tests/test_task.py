@@ -7,7 +7,7 @@ import torch
 
 from data.tokenizer import Tokenizer
 from model import GPT
-from reward import extract_prediction
+from reward import box_at_once, extract_prediction
 from sample import Rollout
 from task import REWARDS, Question, exact_question, make_dense, score
 from test_runs import command, lines
@@ -24,11 +24,11 @@ def responses(tokenizer, *texts):
     return [Rollout(tokens=tokenizer.encode(text, special=True)) for text in texts]
 
 
-def test_a_thought_that_the_prompt_has_closed_is_not_asked_for_again(tokenizer):
+def test_behind_a_closed_thought_a_box_counts_and_a_second_thought_does_not(tokenizer):
     question = Question([], [], [b" odd", b","], 0)
-    rollouts = responses(tokenizer, r"\boxed{ odd}", r"hm</think>\boxed{ odd}", r"\boxed{ even}")
-    assert score(tokenizer, question, rollouts).rewards == [0.0, 1.0, 0.0]
-    assert score(tokenizer, question, rollouts, thought=b"</think>").rewards == [1.0, 1.0, 0.0]
+    rollouts = responses(tokenizer, r"\boxed{ odd}", r"hm</think>\boxed{ odd}", r"\boxed{ even}", r"hm \boxed{ odd}")
+    assert score(tokenizer, question, rollouts).rewards == [0.0, 1.0, 0.0, 0.0]
+    assert score(tokenizer, question, rollouts, extract=box_at_once).rewards == [1.0, 0.0, 0.0, 0.0]
 
 
 def test_each_reward_judges_the_same_predictions_in_its_own_way(tokenizer):
@@ -54,8 +54,9 @@ def test_dense_rewards_are_the_probabilities_of_a_plain_forward(base, tokenizer)
         answers = responses(tokenizer, *(rf"</think>\boxed{{{p}}}" if p else "</think>" for p in row))
         groups.append(score(tokenizer, Question(context, [], [truth], 0), answers, REWARDS["dense"]))
     conditional = [type(g)(**vars(g)) for g in groups]
-    make_dense(model, tokenizer, groups)
-    make_dense(model, tokenizer, conditional, conditional=True)
+    make_dense(model, tokenizer, groups, tokens_per_pass=8)   # one context each
+    make_dense(model, tokenizer, conditional, tokens_per_pass=100, conditional=True)
+    make_dense(model, tokenizer, [], tokens_per_pass=8)       # a rank without questions
     for group, row in zip(groups, expected):
         assert group.rewards == pytest.approx(row, rel=1e-4)
     assert expected[0][0] == 1 and 0 < expected[0][1] < 1 and expected[0][2] == 0
@@ -113,7 +114,9 @@ def test_a_run_takes_each_reward(corpus, base, tmp_path, reward):
 
 @pytest.mark.parametrize("changes, words", [
     (dict(task="answers"), "--task answers needs --data"),
-    (dict(task="answers", data="x.jsonl", template="v0"), "--template v0 is none of chat, short")])
+    (dict(task="answers", data="x.jsonl", template="v0"), "--template v0 is none of chat, short"),
+    (dict(task="answers", data="x.jsonl", reward="dense"), "--reward dense is for --task lm"),
+    (dict(rollouts=1), "--rollouts must be at least 2"), (dict(grad_clip=0), "--grad-clip must be at least 0.001")])
 def test_flags_that_do_not_fit_together_are_one_line(corpus, base, tmp_path, changes, words):
     code, _, err = run_here(*command("train_rpt.py", corpus, base, tmp_path / "run", **changes))
     assert code == 2 and err.count("\n") == 1 and words in err
