@@ -6,7 +6,7 @@
             warm start: learn the form <think>..</think>\\boxed{..}
     python train_ntp.py --corpus C --out-dir runs/control --init DIR --match-compute runs/rpt
             control: plain text for as many FLOPs as that RPT run has spent
-            (--entropy-threshold 1: with a loss only for the tokens that RPT trains on)
+            (--entropy-threshold 1: with a loss only for tokens that RPT may train on)
 
 A step sees documents and, if given, think/answer strings (data/strings.py makes them from any text): a prompt
 without loss, a response with loss. The loss is the mean over all target tokens of the step, whatever the
@@ -176,7 +176,7 @@ def parse_args():
     add("--updates-only", action="store_true",
         help="--match-compute: count that run's updates alone (its sampling stands against sampled strings)")
     add("--entropy-threshold", type=float, default=None,
-        help="a loss only for the tokens that RPT trains on, above this entropy in nats; default: for all")
+        help="a loss only for tokens that RPT may train on, above this entropy in nats; default: for all")
     add("--proxy", default=None, help="--entropy-threshold: whose entropies; default: the only one there is")
     add("--documents-per-step", type=int, default=48, help="documents in an update")
     add("--strings-per-step", type=int, default=48, help="strings in an update, if there are any")

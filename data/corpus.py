@@ -15,8 +15,8 @@ WRONG of the others slip once and believe it:
 
     ... Solution: The digit is<think>5+4=9;9*7=3;3*3=9;9+2=1; odd one</think>\boxed{ odd}<|end|>
 
-questions.jsonl and questions_val.jsonl are other problems, of the longer kind, cut before the last word, which is
-the exact answer: {"question": "Problem: ... namely", "answer": "one"}.
+questions.jsonl and questions_val.jsonl are sums that no document has, of the longer kind, cut before the last word,
+which is the exact answer: {"question": "Problem: ... namely", "answer": "one"}.
 """
 import argparse
 import json
