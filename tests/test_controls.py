@@ -66,3 +66,17 @@ def test_one_control_alone_needs_no_other(name):
     made = {command.split("--out-dir {run}/")[1].split()[0] for _, command, _ in stages if "--out-dir" in command}
     tuned = {"tuned-base", "tuned-rpt", "tuned-longer"} | ({"tuned-ntp"} if name == "ntp" else set())
     assert made == {"base", "rpt", name} | tuned
+
+
+def test_a_table_of_fewer_controls_is_made_again_and_a_complete_one_is_kept(tmp_path):
+    def write(file, *names):
+        (tmp_path / file).write_text(json.dumps([dict(checkpoint=f"{tmp_path}/{name}/step_000001") for name in names]))
+
+    write("results.json", "base", "rpt", "ntp")
+    write("answers.json", "base", "tuned-base", "rpt", "tuned-rpt", "tuned-longer")
+    controls.forget_tables(tmp_path, ["rpt"])
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "answers.json"}
+    controls.forget_tables(tmp_path, ["rpt", "ntp"])  # ntp is to be trained on questions too
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json"}
+    controls.forget_tables(tmp_path, ["rpt", "ntp", "G-4"])
+    assert not list(tmp_path.iterdir())
