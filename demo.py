@@ -15,8 +15,8 @@ import subprocess
 import sys
 import time
 
-from checkpoint import latest_checkpoint
-from data import speak_once
+from plumbing.checkpoint import latest_checkpoint
+from plumbing.flags import speak_once
 
 BASE_STEPS, RPT_STEPS = 3000, 150
 EVAL = ("eval.py lm --corpus {run}/corpus --template short --max-new-tokens 64 --positions 500 --samples 4 "
@@ -26,7 +26,7 @@ NTP = "train_ntp.py --corpus {run}/corpus --problem-weight 0.3 --seed {seed} --r
 # (what happens and why, the command, the file that says it is done)
 STAGES = [
     ("Write a corpus: sums to be worked out from left to right, with their answers in words.",
-     "data/corpus.py --out {run}/corpus --seed {seed}",
+     "data/toy.py --out {run}/corpus --seed {seed}",
      "{run}/corpus/strings.jsonl"),
     ("Train a small base model on that text and on thoughts of mixed quality: most are skipped, many are wrong.",
      NTP + "--out-dir {run}/base --strings {run}/corpus/strings.jsonl --steps {base_steps} "

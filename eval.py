@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from answers import answers_equal
-from checkpoint import append, write
-from data import speak_once
+from data.answers import answers_equal
+from plumbing.checkpoint import append, write
+from plumbing.flags import speak_once
 from data.filter import SPLITS, find_scores, load_positions
 from data.prepare import load_corpus
 from data.prompt import stop_ids, template_ids

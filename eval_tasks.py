@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from answers import layout_free
+from data.answers import layout_free
 from data.prepare import JSON_NAMES, check_text
 from data.prompt import CHAT
 from kernels.attention import make_layout

@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-import parallel
+from plumbing import parallel
 from kernels.attention import attention, make_layout
 from kernels.logprob import logprob
-from kernels.rows import linear, rms_norm, swiglu
+from kernels.linear import linear, rms_norm, swiglu
 
 FILE_BYTES = 5 * 10**9  # save_pretrained begins a new file before this; one file is in memory at a time
 

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data import speak_once
-from scaling import MODES, SPLITS, fit_run, interval_text, law, read_metrics, result_lines
+from plumbing.flags import speak_once
+from paper.scaling import MODES, SPLITS, fit_run, interval_text, law, read_metrics, result_lines
 
 PANELS = {  # metric: (title, unit, factor from file to picture); the first four that have numbers are drawn
     "reward": ("Reward", "percent of predictions that are right", 100),

@@ -27,13 +27,13 @@ import torch
 from tqdm import tqdm
 
 import kernels
-from data import speak_once
+from plumbing.flags import speak_once
 from data.prompt import TEMPLATES, build_prompt, stop_ids, template_ids
 from data.tokenizer import Tokenizer
 from kernels.attention import attention, make_layout
 from kernels.decode import Rows, decode
 from kernels.logprob import draw, sample
-from kernels.rows import linear
+from kernels.linear import linear
 from model import GPT
 from reward import extract_prediction
 

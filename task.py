@@ -11,7 +11,7 @@ import torch
 
 from eval_tasks import solve_prompt
 from kernels.attention import make_layout
-from kernels.rows import linear
+from kernels.linear import linear
 from data.prompt import build_prompt
 from reward import conditional_dense, dense, extract_prediction, first_token_match, prefix_match
 from train_ntp import micro_batches

@@ -8,7 +8,7 @@
             control: plain text for as many FLOPs as that RPT run has spent
             (--entropy-threshold 1: with a loss only for tokens that RPT may train on)
 
-A step sees documents and, if given, think/answer strings (data/strings.py makes them from any text): a prompt
+A step sees documents and, if given, think/answer strings (data/warmstart.py makes them from any text): a prompt
 without loss, a response with loss. The loss is the mean over all target tokens of the step, whatever the
 micro-batches and ranks. torchrun --standalone --nproc_per_node=8 works as it does for train_rpt.py.
 """
@@ -23,17 +23,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import parallel
-from checkpoint import (append, catch_interrupts, checkpoint_to_resume, latest_checkpoint, load_trainer, open_run,
+from plumbing import parallel
+from plumbing.checkpoint import (append, catch_interrupts, checkpoint_to_resume, latest_checkpoint, load_trainer, open_run,
                         save_checkpoint)
-from data import speak_once
+from plumbing.flags import speak_once
 from data.filter import find_scores, load_positions
 from data.prepare import load_corpus
 from data.tokenizer import Tokenizer
 from kernels.attention import make_layout
 from model import GPT, GPTConfig
-from optimizer import make_optimizer
-from parallel import print0
+from plumbing.optimizer import make_optimizer
+from plumbing.parallel import print0
 
 # The small model of the demo: enough to think one step at a time, too shallow to think five at once.
 SMALL = dict(width=128, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=32, ffn_width=384, max_positions=256)
@@ -78,7 +78,7 @@ def read_strings(path, config):
                 valid = False
             if not valid:
                 raise ValueError(f"{path} line {number}: expected an object with 'prompt' and 'response', "
-                                 f"non-empty lists of ids below {vocab}; data/strings.py writes such files")
+                                 f"non-empty lists of ids below {vocab}; data/warmstart.py writes such files")
             if len(ids) > config.max_positions:
                 raise ValueError(f"{path} line {number}: {len(ids)} tokens, but the model has "
                                  f"{config.max_positions} positions")
@@ -169,7 +169,7 @@ def parse_args():
     add("--corpus", required=True, help="folder written by data/prepare.py")
     add("--out-dir", required=True, help="folder of this run")
     add("--init", default=None, help="checkpoint folder to start from; none: a small model at random")
-    add("--strings", default=None, help="JSONL of think/answer strings (data/strings.py)")
+    add("--strings", default=None, help="JSONL of think/answer strings (data/warmstart.py)")
     add("--steps", type=int, default=1000, help="updates")
     add("--match-compute", default=None, metavar="RUN",
         help="instead of --steps: as many FLOPs as this RPT run has spent")

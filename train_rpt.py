@@ -27,21 +27,21 @@ import numpy as np
 import torch
 
 import kernels
-import parallel
-from alarms import blame, watcher
-from checkpoint import (append, catch_interrupts, checkpoint_to_resume, latest_checkpoint, load_trainer, open_run,
+from plumbing import parallel
+from plumbing.alarms import blame, watcher
+from plumbing.checkpoint import (append, catch_interrupts, checkpoint_to_resume, latest_checkpoint, load_trainer, open_run,
                         save_checkpoint)
-from data import speak_once
+from plumbing.flags import speak_once
 from data.filter import find_scores, load_positions
 from data.prepare import load_corpus
 from data.prompt import stop_ids, template_ids
 from data.tokenizer import Tokenizer
-from answers import answers_equal
+from data.answers import answers_equal
 from eval_tasks import ASK, read_questions
 from kernels.attention import make_layout
 from model import GPT, read_config
-from optimizer import make_optimizer
-from parallel import print0
+from plumbing.optimizer import make_optimizer
+from plumbing.parallel import print0
 from reward import box_at_once, extract_prediction
 from sample import generate, rollout_bar
 from task import REWARDS, exact_question, make_dense, make_question, sample_record, score
@@ -296,7 +296,7 @@ if __name__ == "__main__":
         sys.exit(demo.run())
     args = parse_args()
     if args.plan:
-        import plan
+        from bench import memory as plan
         sys.exit(plan.report(args))
     device = parallel.start(args.device)
     checkpoint = checkpoint_to_resume(args)

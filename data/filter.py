@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 if __name__ == "__main__":  # the repository, not data/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from data import speak_once
+from plumbing.flags import speak_once
 from data.prepare import load_corpus
 from data.tokenizer import Tokenizer
 from model import GPT, weight_files

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 if __name__ == "__main__":  # imports start at the repository, not at data/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from data import speak_once
+from plumbing.flags import speak_once
 from data.tokenizer import Tokenizer
 
 FORMAT, VERSION = "nanorpt corpus", 1

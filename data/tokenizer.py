@@ -64,7 +64,7 @@ class Tokenizer:
     def load(cls, name_or_folder):
         name, folder = str(name_or_folder), Path(name_or_folder)
         if name == "embedded":
-            from data.corpus import tokenizer_corpus  # here: the other two do not need the corpus
+            from data.toy import tokenizer_corpus  # here: the other two do not need the corpus
             ranks = train_bpe(tokenizer_corpus(), vocab_size=512)
             special = {text: len(ranks) + i for i, text in enumerate(EMBEDDED_SPECIAL)}
             return cls(ranks, special, EMBEDDED_PATTERN)

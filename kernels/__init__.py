@@ -28,7 +28,7 @@ except ImportError:  # macOS, Windows: the references are all there is, and kern
 
 KINDS = ("torch", "fast", "bitwise")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and hasattr(triton, "compile")  # slow, for tests
-COMPILED_ONLY = False                          # kernels/compile.py: wrappers run, kernels are compiled only
+COMPILED_ONLY = False                          # bench/compile.py: wrappers run, kernels are compiled only
 asked = os.environ.get("NANORPT_KERNELS") or None
 if INTERPRETED:
     from kernels import interpreter

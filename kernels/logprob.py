@@ -25,7 +25,7 @@ from kernels import tl, triton
 
 CHUNK_LOGITS = 2**26  # reference: logits alive at a time, 256 MB in fp32
 
-# Block sizes; kernels/compile.py checks them. In the bitwise kind they are part of the result.
+# Block sizes; bench/compile.py checks them. In the bitwise kind they are part of the result.
 SPLIT = 1024          # tokens of the vocabulary a program walks: 149 splits of 151,936, for 132 processors
 CHUNK = 8192          # tokens whose d logits are in memory at a time
 BN = 128              # 256 would spill registers once noise or gradient joins the tile

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from answers import answers_equal
+from data.answers import answers_equal
 
 # (what it guards, answers that are all equal to each other)
 EQUAL = [

@@ -18,11 +18,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
-import bench_train
+from bench import train as bench_train
 import sample
 import train_rpt
 from conftest import DEVICE
-from kernels import bench, bits, measure
+import bits
+from bench import kernels as bench, measure
 from kernels.attention import make_layout
 from model import GPT, GPTConfig
 from tiny import run_here
@@ -308,13 +309,13 @@ def test_every_shape_of_the_default_run_has_arguments():
 
 
 def test_without_a_gpu_the_command_says_what_can_be_known():
-    code, out, err = run_here("bench.py", "kernels")
+    code, out, err = run_here("bench/sample.py", "kernels")
     assert (code, out) == (2, "") and err.count("\n") == 1
-    assert "torch finds none" in err and "python kernels/compile.py shows what can be known" in err
+    assert "torch finds none" in err and "python bench/compile.py shows what can be known" in err
 
 
 def test_the_sampler_is_timed_on_equal_work(capsys, no_gpu):
-    from bench import EMBEDDED, against_bandwidth, against_products, against_transformers, against_waiting
+    from bench.sample import EMBEDDED, against_bandwidth, against_products, against_transformers, against_waiting
     tiny = dataclasses.replace(EMBEDDED, width=32, n_layers=1, n_heads=2, head_dim=16, ffn_width=32)
     against_transformers(1, tiny, lengths=(5, 3), new=4)
     against_waiting(1, tiny, rows=8, count=16, mean=6, cap=30)
@@ -329,16 +330,16 @@ def test_the_sampler_is_timed_on_equal_work(capsys, no_gpu):
 
 
 def test_rows_that_do_not_exist_are_named_and_help_tells_units():
-    code, out, err = run_here("bench.py", "kernels", "--rows", "1,7")
+    code, out, err = run_here("bench/sample.py", "kernels", "--rows", "1,7")
     assert code == 2 and "--rows 1,7: expected numbers from 1 to 6" in err
-    code, out, _ = run_here("bench.py", "--help")
+    code, out, _ = run_here("bench/sample.py", "--help")
     words = " ".join(out.split())
     assert code == 0 and "after this many minutes (default: 8)" in words
-    assert "--rows 4 is timed on a GPU" in run_here("bench.py", "sample", "--rows", "4")[2]
-    assert "--rows 9: expected numbers from 1 to 4" in run_here("bench.py", "sample", "--rows", "9")[2]
-    assert "--rows 3 is timed on a GPU" in run_here("bench.py", "train", "--rows", "1,3")[2]
-    assert "--rows 4: expected numbers from 1 to 3" in run_here("bench.py", "train", "--rows", "4")[2]
-    assert "--repeats must be at least 1" in run_here("bench.py", "train", "--repeats", "0")[2]
+    assert "--rows 4 is timed on a GPU" in run_here("bench/sample.py", "sample", "--rows", "4")[2]
+    assert "--rows 9: expected numbers from 1 to 4" in run_here("bench/sample.py", "sample", "--rows", "9")[2]
+    assert "--rows 3 is timed on a GPU" in run_here("bench/sample.py", "train", "--rows", "1,3")[2]
+    assert "--rows 4: expected numbers from 1 to 3" in run_here("bench/sample.py", "train", "--rows", "4")[2]
+    assert "--repeats must be at least 1" in run_here("bench/sample.py", "train", "--repeats", "0")[2]
     assert "times (ms), errors and peaks (MB)" in words
 
 

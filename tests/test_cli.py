@@ -21,10 +21,10 @@ HELP = {  # what a reader looks for: the unit, and what happens without the flag
     "eval.py": ["held-out positions for each split (default: 200)", "thoughts for each position (default:"],
     "sample.py": ["--n ", "default"],
     "demo.py": ["folder for everything", "(default: "],
-    "data/corpus.py": ["problems with solutions (default: "],
+    "data/toy.py": ["problems with solutions (default: "],
     "data/prepare.py": ["checkpoint folder with a tokenizer.json, a tiktoken name (gpt2), or embedded"],
     "data/filter.py": ["this many documents of each split; 0: all (default: 0)"],
-    "data/strings.py": ["only positions above this entropy, nats (default: 0.5)", "positions or questions; a string for each (default: 2000)"],
+    "data/warmstart.py": ["only positions above this entropy, nats (default: 0.5)", "positions or questions; a string for each (default: 2000)"],
 }
 
 
@@ -87,7 +87,7 @@ def arguments(script, corpus, checkpoint, out):
         "eval.py": ["lm", "--corpus", corpus.folder, "--checkpoints", checkpoint, "--out", out,
                     "--positions", 2, *small],
         "data/filter.py": ["--corpus", corpus.folder, "--proxy", checkpoint],
-        "data/strings.py": ["--corpus", corpus.folder, "--proxy", checkpoint, "--out", out, "--count", 3,
+        "data/warmstart.py": ["--corpus", corpus.folder, "--proxy", checkpoint, "--out", out, "--count", 3,
                             "--template", "short"],
     }[script]
 
@@ -113,8 +113,8 @@ def test_a_damaged_checkpoint_is_one_line(fails, corpus, base, tmp_path, script,
     assert sorted(os.listdir(corpus.folder)) == before
 
 
-ALL = ["train_rpt.py", "train_ntp.py", "eval.py", "data/filter.py", "data/strings.py"]
-PROMPTING = ["train_rpt.py", "eval.py", "data/strings.py"]
+ALL = ["train_rpt.py", "train_ntp.py", "eval.py", "data/filter.py", "data/warmstart.py"]
+PROMPTING = ["train_rpt.py", "eval.py", "data/warmstart.py"]
 
 
 @pytest.mark.parametrize("script", ALL)
@@ -139,7 +139,7 @@ BAD_NUMBERS = [
     ("eval.py", "0", "positions samples max-new-tokens max-rows"),
     ("eval.py", "-1 nan", "temperature"),
     ("data/filter.py", "-1", "documents"),
-    ("data/strings.py", "0", "count max-prompt-tokens"),
+    ("data/warmstart.py", "0", "count max-prompt-tokens"),
 ]
 
 
@@ -179,7 +179,7 @@ def test_more_new_tokens_than_positions_are_refused_before_the_run_starts(fails)
     fails("no room for context", "train_rpt.py", "--max-new-tokens", 8192)
 
 
-@pytest.mark.parametrize("script", ["train_rpt.py", "data/strings.py"])
+@pytest.mark.parametrize("script", ["train_rpt.py", "data/warmstart.py"])
 def test_a_filter_that_leaves_nothing_says_how_high_the_entropies_are(fails, script):
     fails("no train position has an entropy above 99.0 nats", script, "--entropy-threshold", 99)
 

@@ -16,7 +16,7 @@ from tiny import ROOT
 @pytest.fixture(scope="module")
 def report():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    ran = subprocess.run([sys.executable, "kernels/compile.py", "--json"], cwd=ROOT, env=environment,
+    ran = subprocess.run([sys.executable, "bench/compile.py", "--json"], cwd=ROOT, env=environment,
                          capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr  # spills, shared memory, serialised wgmma, no HGMMA: named there
     return json.loads(ran.stdout)

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-import controls
+from paper import controls
 import train_rpt
 from tiny import ROOT
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-import data.corpus as embedded
+import data.toy as embedded
 from data import filter as entropy_filter
-from data.corpus import WORDS, think, think_string, write_document
+from data.toy import WORDS, think, think_string, write_document
 from data.filter import find_scores, load_positions, score_corpus, score_document, scores_path
 from data.prepare import load_corpus, write_corpus
 from data.prompt import TEMPLATES, build_prompt, stop_ids, template_ids
-from data.strings import write_string
+from data.warmstart import write_string
 from data.tokenizer import Tokenizer
 from eval_tasks import read_questions
 from model import GPT
@@ -271,7 +271,7 @@ def test_the_box_is_the_truth_where_nobody_slipped(tokenizer, monkeypatch, skipp
 
 
 def test_questions_are_answered_right_and_stand_in_no_document(tokenizer, tmp_path):
-    assert run_here("data/corpus.py", "--out", tmp_path / "corpus", "--documents", 300, "--seed", 1)[0] == 0
+    assert run_here("data/toy.py", "--out", tmp_path / "corpus", "--documents", 300, "--seed", 1)[0] == 0
     corpus = load_corpus(tmp_path / "corpus")
     text = tokenizer.decode_bytes(corpus.tokens.tolist()).decode()
     asked = [read_questions(tmp_path / "corpus" / name) for name in ("questions.jsonl", "questions_val.jsonl")]
@@ -285,7 +285,7 @@ def test_questions_are_answered_right_and_stand_in_no_document(tokenizer, tmp_pa
 
 
 def test_no_string_comes_from_a_validation_document(tokenizer, tmp_path):
-    code, _, err = run_here("data/corpus.py", "--out", tmp_path / "corpus", "--documents", 200, "--seed", 1)
+    code, _, err = run_here("data/toy.py", "--out", tmp_path / "corpus", "--documents", 200, "--seed", 1)
     assert (code, err) == (0, "")
     corpus = load_corpus(tmp_path / "corpus")
     texts = {0: [], 1: []}
@@ -301,7 +301,7 @@ def test_no_string_comes_from_a_validation_document(tokenizer, tmp_path):
 
 def test_the_same_seed_writes_the_same_corpus(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert run_here("data/corpus.py", "--out", tmp_path / name, "--documents", 50, "--seed", seed)[0] == 0
+        assert run_here("data/toy.py", "--out", tmp_path / name, "--documents", 50, "--seed", seed)[0] == 0
     files = ("tokens.bin", "docs.npy", "strings.jsonl")
     read = lambda name: [(tmp_path / name / file).read_bytes() for file in files]
     assert read("a") == read("b") and read("a")[0] != read("c")[0]
@@ -310,7 +310,7 @@ def test_the_same_seed_writes_the_same_corpus(tmp_path):
 # ---- strings -----------------------------------------------------------------------------------------------
 
 def test_every_string_ends_with_eos_and_earns_the_reward(corpus, base, tmp_path):
-    code, out, err = run_here("data/strings.py", "--corpus", corpus.folder, "--proxy", base,
+    code, out, err = run_here("data/warmstart.py", "--corpus", corpus.folder, "--proxy", base,
                               "--template", "short", "--count", 60, "--entropy-threshold", 0,
                               "--out", tmp_path / "strings.jsonl")
     assert (code, err) == (0, "") and "60 strings written" in out

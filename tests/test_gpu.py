@@ -97,5 +97,5 @@ def test_compute_sanitizer_finds_nothing():
     if not shutil.which("compute-sanitizer"):
         pytest.skip("compute-sanitizer is not installed")
     ran = subprocess.run(["compute-sanitizer", "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-x",
-                          "tests/test_decode.py", "tests/test_rows.py"], cwd=ROOT, capture_output=True, text=True)
+                          "tests/test_decode.py", "tests/test_linear.py"], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-2000:]

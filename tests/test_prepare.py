@@ -332,7 +332,7 @@ def test_ctrl_c_leaves_nothing_behind_and_says_how_to_go_on(tmp_path, checkpoint
 
 def speak(tmp_path, body):
     script, environment = tmp_path / "script.py", os.environ | {"PYTHONPATH": str(ROOT)}
-    script.write_text(f"import sys\nfrom data import speak_once\nsys.excepthook = speak_once\n{body}\n")
+    script.write_text(f"import sys\nfrom plumbing.flags import speak_once\nsys.excepthook = speak_once\n{body}\n")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     return done.returncode, done.stderr
 

@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-import checkpoint
+from plumbing import checkpoint
 import train_ntp
-from checkpoint import load_trainer, save_checkpoint
+from plumbing.checkpoint import load_trainer, save_checkpoint
 from data.filter import find_scores, load_positions
 from data.tokenizer import Tokenizer
 from model import GPT
-from optimizer import make_optimizer
+from plumbing.optimizer import make_optimizer
 from reward import extract_prediction
 from tiny import ENVIRONMENT, ROOT, base, corpus, run_here, tiny_model
 
@@ -74,7 +74,7 @@ def whole(request, corpus, base, tmp_path_factory):
 
 
 # Each is a moment in which the process is gone: code that runs before the script and arms the trap.
-KILL = "import os, runpy, signal, sys; import checkpoint; sys.argv = sys.argv[1:]\n" \
+KILL = "import os, runpy, signal, sys; from plumbing import checkpoint; sys.argv = sys.argv[1:]\n" \
        "die = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
 MOMENTS = {
     "while step 5 is logged": """
@@ -93,7 +93,7 @@ os.rename = lambda old, new: die() if str(new).endswith("step_000006") else rena
 write = checkpoint.write
 checkpoint.write = lambda path, text: die() if text == "step_000006" else write(path, text)""",
     "in the first save": """
-import checkpoint; checkpoint.save_moments = lambda *_: die()""",
+from plumbing import checkpoint; checkpoint.save_moments = lambda *_: die()""",
 }
 
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import model
-import parallel
+from plumbing import parallel
 from kernels.attention import make_layout
 from model import GPT
-from optimizer import make_optimizer, round_at_random
+from plumbing.optimizer import make_optimizer, round_at_random
 from test_runs import command, lines, read_moments
 from tiny import ENVIRONMENT, ROOT, base, corpus, run_here, tiny_model
 
@@ -213,9 +213,10 @@ def test_a_damaged_optimizer_is_one_line_on_resume(corpus, base, tmp_path, damag
 
 
 COPIES = """
-import hashlib, torch, parallel
+import hashlib, torch
+from plumbing import parallel
 from kernels.attention import make_layout
-from optimizer import make_optimizer
+from plumbing.optimizer import make_optimizer
 from tiny import tiny_model
 parallel.start("cpu")
 model = tiny_model(64)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import scaling
+from paper import scaling
 
 ROOT = Path(scaling.__file__).parent
 PAPER_STEPS = np.array([100, 200, 400, 800, 1000, 1200])

@@ -127,7 +127,7 @@ def test_flags_that_do_not_fit_together_are_one_line(corpus, base, tmp_path, cha
 def test_own_strings_are_rollouts_that_the_text_bears_out(corpus, base, tokenizer, tmp_path):
     """As many as there are right ones: every string's box is the beginning of what follows its prompt."""
     out = tmp_path / "own.jsonl"
-    code, _, err = run_here("data/strings.py", "--own", "--corpus", corpus.folder, "--proxy", base, "--template",
+    code, _, err = run_here("data/warmstart.py", "--own", "--corpus", corpus.folder, "--proxy", base, "--template",
                             "short", "--count", 30, "--samples", 3, "--max-new-tokens", 12, "--out", out)
     assert (code, err) == (0, "")
     strings = [json.loads(line) for line in out.read_text().splitlines()]
@@ -145,7 +145,7 @@ def test_solutions_become_thoughts_and_exact_answers_boxes(base, tokenizer, tmp_
     gsm8k = {"question": "How much is 2+3?", "answer": "It is <<2+3=5>>5.\n#### 5"}
     omni = {"problem": "How long?", "solution": "Longer than the model has positions. " * 90, "answer": "1"}
     (tmp_path / "questions.jsonl").write_text(json.dumps(gsm8k) + "\n" + json.dumps(omni) + "\n")
-    line = ["data/strings.py", "--solutions", tmp_path / "questions.jsonl", "--proxy", base, "--template", "short",
+    line = ["data/warmstart.py", "--solutions", tmp_path / "questions.jsonl", "--proxy", base, "--template", "short",
             "--out", tmp_path / "strings.jsonl"]
     code, _, err = run_here(*line)
     assert (code, err) == (0, "")

@@ -130,9 +130,9 @@ def assert_same_ids(ours, theirs, texts):
 
 @pytest.fixture
 def fake_corpus(monkeypatch):
-    corpus = types.ModuleType("data.corpus")
+    corpus = types.ModuleType("data.toy")
     corpus.tokenizer_corpus = lambda: SAMPLES
-    monkeypatch.setitem(sys.modules, "data.corpus", corpus)
+    monkeypatch.setitem(sys.modules, "data.toy", corpus)
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from alarms import watcher
-from checkpoint import cut_log
+from plumbing.alarms import watcher
+from plumbing.checkpoint import cut_log
 from sample import Rollout
 from task import Group, Question
 from train_ntp import document_sequences, learning_rate, micro_batches, ntp_step, shuffled, weighted_loss

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from data.corpus import write_document
+from data.toy import write_document
 from data.filter import score_corpus
 from data.prepare import load_corpus, write_corpus
 from data.tokenizer import Tokenizer

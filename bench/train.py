@@ -4,7 +4,7 @@
            once a group, against the same rollouts each behind its own copy of the prompt
         2  where a step spends its time on a CPU: 4 positions x 8 rollouts x 64 tokens, contexts of 256
         3  on a GPU: an update and a step of Qwen2.5 shapes, bf16; the update against its FLOPs at the speed
-           that kernels/measure.py knows for the GPU: their ratio is the MFU
+           that bench/measure.py knows for the GPU: their ratio is the MFU
 
 Every rollout has an advantage, so every group is computed; learning rate 0, so all updates are the same.
 Rows 1 and 2 have no unmeasured turn. In row 1 every update is the first of a new process, whose largest memory
@@ -26,10 +26,10 @@ import torch
 
 import kernels
 import sample
-from kernels.bench import pairs
-from kernels.measure import LIMITS
+from bench.kernels import pairs
+from bench.measure import LIMITS
 from model import GPT, GPTConfig
-from optimizer import make_optimizer
+from plumbing.optimizer import make_optimizer
 from task import TRUTH_TOKENS, Group, Question, score
 from train_rpt import policy_step
 

@@ -18,7 +18,7 @@ import shutil
 import signal
 import warnings
 
-import parallel
+from plumbing import parallel
 
 
 def save_checkpoint(run, step, model, tokenizer, optimizer, **state):

@@ -17,10 +17,13 @@ the allocator; a reserve of 6 % and 1 GB stands for them. Measured on a CPU only
 read off the code. GB are 10^9 bytes.
 """
 import sys
+from pathlib import Path
 from argparse import Namespace
 from itertools import combinations
 
-from data import speak_once
+if __name__ == "__main__":  # the repository, not bench/, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from plumbing.flags import speak_once
 from kernels import logprob
 from model import GPTConfig, read_config
 from sample import PREFILL_TOKENS, cache_size

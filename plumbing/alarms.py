@@ -6,8 +6,8 @@
 import json
 import math
 
-import parallel
-from checkpoint import write
+from plumbing import parallel
+from plumbing.checkpoint import write
 
 DEAD_STEPS = 20  # steps without any signal before a warning
 
@@ -48,7 +48,7 @@ def watcher(max_new_tokens):
                   "too hard or too easy (another --entropy-threshold or --init), or --rollouts is too small"),
             form=(m["format_rate"] < 0.05,
                   f"{m['format_rate']:.0%} of the responses hold a box: the model does not know the form (warm "
-                  "start: data/strings.py and train_ntp.py --strings), or has no room (--max-new-tokens)"),
+                  "start: data/warmstart.py and train_ntp.py --strings), or has no room (--max-new-tokens)"),
             gap=(m["logp_gap"] > 0.05,
                  f"logp_gap is {m['logp_gap']:.2g}: sampler and trainer disagree about the same tokens, so this "
                  "is not on-policy; --kernels bitwise makes them agree, --importance-cap corrects some of it"),

@@ -5,7 +5,7 @@ import torch
 pytest.importorskip("triton")
 from conftest import DEVICE
 from interpreter import canaries, guarded, shuffled_grid
-from kernels.rows import linear, rms_norm, rms_norm_reference, swiglu
+from kernels.linear import linear, rms_norm, rms_norm_reference, swiglu
 
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 5e-3}  # largest relative error of the forward, as a norm
 

@@ -28,7 +28,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data import speak_once
+if __name__ == "__main__":  # the repository, not paper/, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from plumbing.flags import speak_once
 
 ALPHAS = 0.01, 3.0  # the search: from nearly a straight line in log C to a jump after the first point
 EDGES = 1.001 * ALPHAS[0], ALPHAS[1] / 1.001

@@ -37,12 +37,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import kernels
-from data import ROOT
+from plumbing.flags import ROOT
 from kernels.attention import attention, attention_reference, make_layout, real
-from kernels.bits import bit_tests, head_inputs, verdict
+from tests.bits import bit_tests, head_inputs, verdict
 from kernels.decode import Rows, decode, decode_reference
 from kernels.logprob import logprob, logprob_reference, sample
-from kernels.measure import (LIMITS, OURS, Method, against_best, cell, compiled, measure, ours, randn, relative,
+from bench.measure import (LIMITS, OURS, Method, against_best, cell, compiled, measure, ours, randn, relative,
                              short)
 
 WRONG_FROM = 0.05         # relative error. bf16 is good to about 0.004, sums kept in bf16 to about 0.02
@@ -390,7 +390,7 @@ def bench_kernels(args):
     if not set(rows) <= {*map(str, ROWS), "6"}:
         raise ValueError(f"--rows {args.rows}: expected numbers from 1 to 6 with commas between, such as 1,4")
     if not torch.cuda.is_available():
-        raise ValueError("kernels are timed on a GPU, and torch finds none (CUDA); python kernels/compile.py "
+        raise ValueError("kernels are timed on a GPU, and torch finds none (CUDA); python bench/compile.py "
                          "shows what can be known without one")
     if args.json:
         open(args.json, "a").close()  # a file that cannot be written should not be found out after 8 minutes

@@ -18,19 +18,22 @@ unmeasured; times are medians, ratios are of medians, above 1 ours is faster.
 import argparse
 import itertools
 import sys
+from pathlib import Path
 import tempfile
 from datetime import datetime
 from functools import partial
 from unittest.mock import patch
 
+if __name__ == "__main__":  # the repository, not bench/, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch
 import torch.nn.functional as F
 
 import kernels
 import sample
-from bench_train import QWEN, SMOLLM2, TRAIN, limits, medians, random_prompts
-from data import speak_once
-from kernels.bench import bench_kernels, commit
+from bench.train import QWEN, SMOLLM2, TRAIN, limits, medians, random_prompts
+from plumbing.flags import speak_once
+from bench.kernels import bench_kernels, commit
 from model import GPT, GPTConfig
 from train_ntp import SMALL, check_range
 

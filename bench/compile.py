@@ -1,7 +1,7 @@
 """Compile every kernel for Hopper (sm_90) on a machine without a GPU, and report what it would use there.
 
-    python kernels/compile.py                # a table: registers, spills, shared memory, tensor cores
-    python kernels/compile.py --json         # the same for scripts
+    python bench/compile.py                # a table: registers, spills, shared memory, tensor cores
+    python bench/compile.py --json         # the same for scripts
 
 The ordinary wrappers run, forward and backward, on tensors without data (device "meta"); a launch compiles
 its kernel instead of running it. What keeps a kernel from being fast ends the command with exit status 1:
@@ -26,7 +26,7 @@ import torch
 if __name__ == "__main__":  # the repository, not kernels/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import kernels
-from data import speak_once
+from plumbing.flags import speak_once
 
 SHARED_LIMIT = 232_448   # bytes a block may have on sm_90
 SPILL_LIMIT = 64         # bytes of spill stores
@@ -101,7 +101,7 @@ def compile_launches(report):
 
 def launch_everything():
     """Call every wrapper, forward and backward, at shapes of Qwen2.5-1.5B and Qwen2.5-0.5B."""
-    from kernels import attention, decode, logprob, rows
+    from kernels import attention, decode, logprob, linear as rows
     empty = lambda *shape, **kw: torch.empty(*shape, dtype=torch.bfloat16, device="meta", **kw).requires_grad_()
     number = lambda *shape: torch.zeros(*shape, dtype=torch.long, device="meta")
     for D, F, H, Hkv, K in ((1536, 8960, 12, 2, 128), (896, 4864, 14, 2, 64)):

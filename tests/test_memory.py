@@ -1,6 +1,6 @@
 """plan.py against what it counts: tensors that autograd saves, the memory of a process that does the work.
 
-    python tests/test_plan.py '{"config": {...}, "prompt": 128, ...}'     measure one update and one sampling
+    python tests/test_memory.py '{"config": {...}, "prompt": 128, ...}'     measure one update and one sampling
 """
 import json
 import os
@@ -15,10 +15,10 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import plan
+from bench import memory as plan
 from kernels.attention import make_layout
 from model import GPT, GPTConfig
-from optimizer import make_optimizer
+from plumbing.optimizer import make_optimizer
 from sample import Rollout, generate
 from task import Group, Question
 from train_rpt import parse_args, policy_step

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 
 import kernels
 from kernels import decode as decoding
-from kernels import rows as by_rows
+from kernels import linear as by_rows
 from kernels.attention import attention, make_layout
 from kernels.decode import Rows, decode
 from kernels.logprob import logprob, sample
-from kernels.measure import OURS, ours, randn, short
+from bench.measure import OURS, ours, randn, short
 
 TEMPERATURE = 0.8
 

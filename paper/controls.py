@@ -23,8 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import latest_checkpoint, write
-from data import speak_once
+if __name__ == "__main__":  # the repository, not paper/, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from plumbing.checkpoint import latest_checkpoint, write
+from plumbing.flags import speak_once
 from demo import BASE_STEPS, RPT_STEPS, STAGES, run_stages
 
 RPT = ("train_rpt.py --init {base} --corpus {run}/corpus --template short --entropy-threshold 0.5 "
@@ -70,7 +72,7 @@ def stages_of(names):
               "--out-dir {run}/ntp-hard", "{run}/ntp-hard/done")
     if "sft-own" in names:
         stage("The base's own rollouts that were right: as many sampled as in RPT.",
-              "data/strings.py --own --corpus {run}/corpus --proxy {base} --template short --count {positions} "
+              "data/warmstart.py --own --corpus {run}/corpus --proxy {base} --template short --count {positions} "
               "--samples 8 --max-new-tokens 64 --seed {seed} --out {run}/own.jsonl", "{run}/own.jsonl")
         stage("Control: supervised training on them.",
               NTP + SFT + "--out-dir {run}/sft-own", "{run}/sft-own/done")
@@ -82,7 +84,7 @@ def stages_of(names):
     stage("RPT's checkpoints, for the scaling fit.",
           EVAL + "--mode reasoning --out {run}/rpt/results.json --checkpoints {rpt_checkpoints}",
           "{run}/rpt/results.json")
-    stage("The fit.", "scaling.py {run}/rpt --out {run}/scaling.json", "{run}/scaling.json")
+    stage("The fit.", "paper/scaling.py {run}/rpt --out {run}/scaling.json", "{run}/scaling.json")
     for name, init in TUNED.items():
         if name in ("base", "longer", *names):
             stage(f"RL on questions with exact answers: {name}.",
@@ -167,7 +169,7 @@ if __name__ == "__main__":
     parser.add_argument("--out-dir", default="runs/controls", help="folder for everything, below this repository")
     args = parser.parse_args()
     only = getattr(args, "only", TRAINED)
-    os.chdir(Path(__file__).resolve().parent)
+    os.chdir(Path(__file__).resolve().parent.parent)
     for seed in args.seeds:
         run_seed(f"{args.out_dir}/seed-{seed}", seed, list(dict.fromkeys(["rpt", *only])))
     words = table(args.out_dir, args.seeds)

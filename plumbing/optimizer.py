@@ -8,7 +8,7 @@ random, right on average (stochastic rounding); the random bits are a function o
 import torch
 from torch.optim.adamw import adamw
 
-import parallel
+from plumbing import parallel
 
 
 def make_optimizer(model, lr, betas, weight_decay, bf16_moments=False):

@@ -7,7 +7,7 @@ To know " one" one has to go from digit to digit (5, 9, 3, 9, 1), and a small tr
 all the steps at once. The parity is easier to guess, and all other tokens are easy. This generator is the only
 place that knows the steps; reward and RPT see nothing but the text.
 
-    python data/corpus.py --out runs/demo/corpus
+    python data/toy.py --out runs/demo/corpus
 
 writes a corpus folder (see data/prepare.py) and strings.jsonl: think/answer strings for the base model, one for
 each training document, as a pre-trained model has met reasoning of mixed quality. SKIPPED of them do not think,
@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 if __name__ == "__main__":  # the repository, not data/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from checkpoint import write
-from data import speak_once
+from plumbing.checkpoint import write
+from plumbing.flags import speak_once
 from data.prepare import write_corpus
 from data.tokenizer import Tokenizer
 

@@ -1,6 +1,6 @@
 r"""Think/answer strings from any text: a warm start for a model that has never boxed a prediction; a control.
 
-    python data/strings.py --corpus C --proxy SmolLM2-135M --template v6 --count 2000 --out strings.jsonl
+    python data/warmstart.py --corpus C --proxy SmolLM2-135M --template v6 --count 2000 --out strings.jsonl
     python train_ntp.py --corpus C --strings strings.jsonl --documents-per-step 0 --init SmolLM2-135M ...
 
 Each string is a position of the training text that data/filter.py found hard, in the prompt of RPT, and a
@@ -13,12 +13,12 @@ in one line. The candidates are the proxy's most probable tokens and the true on
 always the truth. This teaches the form and what candidates are for. Finding out which one is right is left to
 RPT.
 
-    python data/strings.py --own --samples 8 --corpus C --proxy BASE --count 4800 --out own.jsonl
+    python data/warmstart.py --own --samples 8 --corpus C --proxy BASE --count 4800 --out own.jsonl
 
 writes instead what the proxy itself has thought, where its prediction was right: training on these strings
 (rejection sampling) is the control that asks whether RPT needs its wrong rollouts.
 
-    python data/strings.py --solutions gsm8k_train.jsonl --proxy DIR --template chat --out strings.jsonl
+    python data/warmstart.py --solutions gsm8k_train.jsonl --proxy DIR --template chat --out strings.jsonl
 
 writes questions with their solution as the thought and the exact answer in the box: a warm start for
 train_rpt.py --task answers.
@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 if __name__ == "__main__":  # the repository, not data/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from checkpoint import write
-from data import speak_once
+from plumbing.checkpoint import write
+from plumbing.flags import speak_once
 from data.filter import find_scores, load_positions
 from data.prepare import load_corpus
 from data.prompt import build_prompt, stop_ids, template_ids
