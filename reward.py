@@ -1,7 +1,7 @@
 r"""The verifier: does a prediction match the text that really follows?
 
-Reward 1 iff the predicted bytes equal the first l bytes of the true continuation and l is the end of one of
-its tokens (RPT eq. 3). Bytes, never strings: a token may end inside a UTF-8 character. Standard library only.
+The reward is 1 iff the predicted bytes are the first k >= 1 tokens of the true continuation, joined
+(RPT eq. 3). Bytes, never strings, because a token may end inside a UTF-8 character.
 
     truth  = [b" the", b" answer", b" is"]          # raw bytes of the tokens that really follow
     b" the"         -> 1.0      one token
@@ -10,20 +10,20 @@ its tokens (RPT eq. 3). Bytes, never strings: a token may end inside a UTF-8 cha
     b"the"          -> 0.0      the leading space counts
     b""  or  None   -> 0.0      nothing predicted
 
-The prediction is what stands in the last \boxed{...} after the thought, byte for byte, nothing stripped:
+The prediction is the content of the last \boxed{...} after the thought; nothing is stripped:
 
-    \boxed{ the}         ->  ` the`           and `\boxed{ }` is a space
+    \boxed{ the}         ->  ` the`           the space counts, and `\boxed{ }` predicts one
     \boxed{\frac{a}{b}}  ->  `\frac{a}{b}`    balanced braces belong to the content
-    \boxed{\}}           ->  `\}`             a backslash escapes the next byte: that } closes nothing
-    \boxed{\frac{}       ->  `\frac{`         never balances: everything up to the final }
-    \boxed{}}            ->  ``               balances at once: no text with a } before its { fits
+    \boxed{\}}           ->  `\}`             a backslash escapes the brace: it closes nothing
+    \boxed{\frac{}       ->  `\frac{`         the braces never balance: everything up to the last }
+    \boxed{}}            ->  ``               the first } closes: an unmatched } cannot be boxed
 
-Three more rewards of the paper, in its words comparable to this one (appendix A), stand at the end.
+The other rewards of the paper's appendix A are in objectives/first_token.py and dense.py.
 """
 
 
 def extract_prediction(response: bytes) -> bytes | None:
-    r"""The bytes inside the last \boxed{...} after the last </think>; None where there is no such box.
+    r"""The bytes inside the last \boxed{...} after the last </think>; None if there is no such box.
 
     The scan starts at the last `\boxed{`, so of a box inside a box the inner one counts.
     """
@@ -45,16 +45,8 @@ def extract_prediction(response: bytes) -> bytes | None:
     return content[:end] if end >= 0 else None
 
 
-def box_at_once(answer: bytes) -> bytes | None:
-    r"""The bytes in the box of an answer that has to do without a thought: one \boxed{...}, and nothing before it."""
-    answer = answer.removeprefix(b"</think>").lstrip()
-    if not answer.startswith(rb"\boxed{") or answer.count(rb"\boxed{") > 1 or b"</think>" in answer:
-        return None
-    return extract_prediction(b"</think>" + answer)
-
-
 def prefix_match(prediction: bytes | None, truth: list[bytes]) -> float:
-    """1.0 iff the prediction is the first k >= 1 true tokens, joined; truth holds the tokens' raw bytes."""
+    """1.0 iff the prediction is the first k >= 1 tokens of the truth, joined; else 0.0."""
     if not prediction:
         return 0.0
     joined = b""
@@ -65,21 +57,9 @@ def prefix_match(prediction: bytes | None, truth: list[bytes]) -> float:
     return 0.0
 
 
-def first_token_match(prediction: bytes | None, truth: list[bytes]) -> float:
-    """1.0 iff the prediction begins with the bytes of the first true token; whatever follows is ignored.
-
-    The paper compares tokens. Bytes have no tokens of their own, so here " theory" begins with " the".
-    """
-    first = next((token for token in truth if token), None)
-    return float(bool(prediction and first and prediction.startswith(first)))
-
-
-def dense(match: float, probability: float) -> float:
-    """1.0 for a first-token match, else the model's P(predicted first token | context), in [0, 1]."""
-    return 1.0 if match else probability
-
-
-def conditional_dense(matches: list[float], probabilities: list[float]) -> list[float]:
-    """Dense rewards of a group of G with at least one match; zeros for a group without."""
-    hit = any(matches)
-    return [dense(m, p) if hit else 0.0 for m, p in zip(matches, probabilities, strict=True)]
+def box_at_once(answer: bytes) -> bytes | None:
+    r"""The prediction of a model that may not think: its only \boxed{...}, no text before it."""
+    answer = answer.removeprefix(b"</think>").lstrip()
+    if not answer.startswith(rb"\boxed{") or answer.count(rb"\boxed{") > 1 or b"</think>" in answer:
+        return None
+    return extract_prediction(b"</think>" + answer)

@@ -1,18 +1,18 @@
-"""Next-token prediction: the base that RPT starts from, the warm start, and the control it is compared with.
+"""Next-token prediction: the base that RPT starts from, the warm start, and the control beside it.
 
     python train_ntp.py --corpus C --out-dir runs/base
-            from scratch: about half a million parameters
-    python train_ntp.py --corpus C --out-dir runs/warm --init DIR --strings S.jsonl --documents-per-step 0
+            from scratch: 0.6 million parameters
+    python train_ntp.py --corpus C --out-dir runs/warm --init DIR --strings S.jsonl \\
+                        --documents-per-step 0
             warm start: learn the form <think>..</think>\\boxed{..}
     python train_ntp.py --corpus C --out-dir runs/control --init DIR --match-compute runs/rpt
             control: plain text for as many FLOPs as that RPT run has spent
-            (--entropy-threshold 1: with a loss only for tokens that RPT may train on)
+            (--entropy-threshold 1: with a loss only on tokens that RPT may train on)
 
-A step sees documents and, if given, think/answer strings (data/warmstart.py makes them from any text): a prompt
-without loss, a response with loss. The loss is the mean over all target tokens of the step, whatever the
-micro-batches and ranks. torchrun --standalone --nproc_per_node=8 works as it does for train_rpt.py.
+A step trains on documents and, if given, on think/answer strings (data/warmstart.py): a prompt
+without a loss, then text with a loss. The loss is the mean over all target tokens of the step,
+whatever the micro-batches and ranks. torchrun works as it does for train_rpt.py.
 """
-import argparse
 import json
 import math
 import sys
@@ -23,262 +23,246 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from plumbing import parallel
-from plumbing.checkpoint import (append, catch_interrupts, checkpoint_to_resume, latest_checkpoint, load_trainer, open_run,
-                        save_checkpoint)
-from plumbing.flags import speak_once
-from data.filter import find_scores, load_positions
-from data.prepare import load_corpus
+from data.corpus import load_corpus
+from data.positions import find_scores, load_positions, shuffled
 from data.tokenizer import Tokenizer
-from kernels.attention import make_layout
 from model import GPT, GPTConfig
-from plumbing.optimizer import make_optimizer
-from plumbing.parallel import print0
+from plumbing import flags, parallel
+from plumbing.batch import Example, count_tokens, idle_micro_batch, pack
+from plumbing.checkpoint import Run, save_checkpoint
+from plumbing.log import append, read_metrics
+from plumbing.optimizer import clip_gradients, make_optimizer
 
-# The small model of the demo: enough to think one step at a time, too shallow to think five at once.
-SMALL = dict(width=128, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=32, ffn_width=384, max_positions=256)
+# The model of the demo: it can learn to think one step at a time, but not all steps at once.
+SMALL = dict(width=128, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=32, ffn_width=384,
+             max_positions=256)
+BETAS = 0.9, 0.95      # of AdamW
+LINE_EVERY = 100       # steps between lines where there is no terminal for a bar
 
 
-def shuffled(n, start, count, seed):
-    """Items start .. start + count of an endless walk over range(n), every round in a new order."""
-    rounds = range(start // n, (start + count) // n + 1)
-    walk = np.concatenate([np.random.default_rng((seed, r)).permutation(n) for r in rounds])
-    return walk[start - rounds.start * n:][:count]
+def document_examples(corpus, documents, end_id, max_tokens, problem_weight, rng, counts=None):
+    """Documents -> Examples: the first token is the prompt, the rest of the text has a loss.
 
-
-def document_sequences(corpus, indices, end_id, max_tokens, problem_weight, rng, counts=None):
-    """Documents -> [(prompt ids, response ids, weights)]; the whole text is 'response' to its first token.
-
-    counts: a bool for each token of the corpus, whether it has a loss; None: all have.
+    A document longer than max_tokens gives a random window. problem_weight: loss weight of tokens
+    before the solution. counts: for each token of the corpus, whether it has a loss; None: all do.
     """
-    sequences = []
-    for start, solution, end, _ in corpus.docs[indices]:
+    examples = []
+    for start, solution, end, _ in corpus.docs[documents]:
         ids = [*corpus.tokens[start:end].tolist(), end_id]
         weights = [problem_weight] * (solution - start) + [1.0] * (len(ids) - solution + start)
         if counts is not None:
             weights = [w * c for w, c in zip(weights, counts[start:end].tolist() + [False])]
-        first = int(rng.integers(max(len(ids) - max_tokens, 0) + 1))  # of a long document a window
+        first = int(rng.integers(max(len(ids) - max_tokens, 0) + 1))
         ids, weights = ids[first:first + max_tokens], weights[first:first + max_tokens]
-        sequences.append((ids[:1], ids[1:], weights[1:]))
-    return sequences
+        examples.append(make_example(ids[:1], ids[1:], weights[1:]))
+    return examples
+
+
+def make_example(prompt, text, weights):
+    """Text as a "rollout" that was not sampled; its loss weights take the place of advantages."""
+    return Example(prompt, [text], [weights], [[0.0] * len(text)])
 
 
 def read_strings(path, config):
-    """Think/answer strings, one {"prompt": ids, "response": ids} a line -> [(prompt, response, weights)]."""
-    strings, vocab = [], config.vocab_size
+    """Think/answer strings, one {"prompt": ids, "response": ids} a line -> [Example]."""
+    examples = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-                prompt, response = record["prompt"], record["response"]
-                ids = prompt + response
-                valid = (prompt and response and {*map(type, ids)} == {int}
-                         and 0 <= min(ids) <= max(ids) < vocab)
-            except (ValueError, KeyError, TypeError):
-                valid = False
-            if not valid:
-                raise ValueError(f"{path} line {number}: expected an object with 'prompt' and 'response', "
-                                 f"non-empty lists of ids below {vocab}; data/warmstart.py writes such files")
-            if len(ids) > config.max_positions:
-                raise ValueError(f"{path} line {number}: {len(ids)} tokens, but the model has "
+            prompt, response = parse_string(line, config.vocab_size)
+            if not prompt:
+                raise ValueError(f"{path} line {number}: expected an object with 'prompt' and "
+                                 "'response', non-empty lists of ids below "
+                                 f"{config.vocab_size}; data/warmstart.py writes such files")
+            length = len(prompt) + len(response)
+            if length > config.max_positions:
+                raise ValueError(f"{path} line {number}: {length} tokens, but the model has "
                                  f"{config.max_positions} positions")
-            strings.append((prompt, response, [1.0] * len(response)))
-    return strings
+            examples.append(make_example(prompt, response, [1.0] * len(response)))
+    return examples
 
 
-def micro_batches(groups, tokens, size):
-    """Cut a list of groups into runs of at most `tokens` tokens, but at least one group. size: of a group."""
-    batch, total = [], 0
-    for group in groups:
-        if batch and total + size(group) > tokens:
-            yield batch
-            batch, total = [], 0
-        batch.append(group)
-        total += size(group)
-    if batch:
-        yield batch
+def parse_string(line, vocab_size):
+    """A line of JSON -> prompt and response ids; empty lists if it holds anything else."""
+    try:
+        record = json.loads(line)
+        prompt, response = record["prompt"], record["response"]
+        ids = prompt + response
+        are_ids = {*map(type, ids)} == {int} and 0 <= min(ids) <= max(ids) < vocab_size
+        if prompt and response and are_ids:
+            return prompt, response
+    except (ValueError, KeyError, TypeError):
+        pass
+    return [], []
 
 
-def weighted_loss(model, sequences):
-    """[(prompt, response, weights)] -> sum over response tokens of weight x negative log-likelihood, nats."""
-    device = model.device
-    layout = make_layout([(len(prompt), [len(response)]) for prompt, response, _ in sequences], device)
-    tokens = torch.tensor([t for prompt, response, _ in sequences for t in prompt + response], device=device)
-    weights = torch.tensor([w for _, _, weights in sequences for w in weights], device=device)
-    logprobs, _ = model.logprobs(tokens, layout)                                         # (S,)
-    return -(weights * logprobs).sum()
+def ntp_update(model, optimizer, batches, total_weight, grad_clip):
+    """One step on this rank's MicroBatches -> loss (nats per weighted token), gradient norm.
 
-
-def join_idly(model):
-    """A forward and a backward without effect: other ranks still have work, and FSDP needs everyone."""
-    logprobs, _ = model.logprobs(torch.zeros(2, dtype=torch.long, device=model.device),
-                                 make_layout([(1, [1])], model.device))
-    (0 * logprobs.sum()).backward()
-
-
-def ntp_step(model, optimizer, sequences, tokens_per_micro_batch, grad_clip):
-    """One update on this rank's share of `sequences` -> loss (nats per weighted token), gradient norm."""
-    total = sum(sum(weights) for _, _, weights in sequences) or 1               # of all ranks: one normaliser
+    total_weight: of the tokens of all ranks, so that micro-batches and ranks change nothing.
+    """
     loss = torch.zeros((), device=model.device)
     optimizer.zero_grad()
-    size = lambda sequence: len(sequence[0]) + len(sequence[1])
-    mine = sequences[parallel.share(len(sequences))]
-    for batch in parallel.padded(list(micro_batches(mine, tokens_per_micro_batch, size))):
-        if batch is None:
-            join_idly(model)
-            continue
-        part = weighted_loss(model, batch) / total
+    for batch in parallel.padded(batches, idle_micro_batch(model.device)):
+        logprobs = model.logprobs(batch.tokens, batch.layout)                        # (S,)
+        part = -(batch.advantages * logprobs).sum() / total_weight
         part.backward()
         loss += part.detach()
     grad_norm = clip_gradients(model, grad_clip)
     if not math.isfinite(grad_norm):
         raise ValueError(f"gradient norm is {grad_norm}: the update was not applied; lower --lr")
     optimizer.step()
-    return parallel.sum_over_ranks(loss).item(), grad_norm
+    [loss] = parallel.total(loss.item())
+    return loss, grad_norm
 
 
-def clip_gradients(model, largest):
-    """Scale the gradients so that their norm, over all ranks, is at most this -> the norm before."""
-    return parallel.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), largest)).item()
+class Lessons:
+    """What each step trains on: a function of the seed and the step."""
+
+    def __init__(self, args, corpus, tokenizer, config):
+        self.args = args
+        self.corpus = corpus
+        self.end_id = tokenizer.eos_id
+        self.max_tokens = min(args.max_tokens, config.max_positions)
+        self.documents = np.flatnonzero(corpus.docs[:, 3] == 0)
+        self.counts = None
+        if args.entropy_threshold is not None:
+            self.keep_positions()
+        self.strings = read_strings(args.strings, config) if args.strings else []
+        self.n_strings = args.strings_per_step if self.strings else 0
+        if args.documents_per_step + self.n_strings == 0:
+            raise ValueError("nothing to train on: --documents-per-step is 0 and there are no "
+                             "--strings")
+
+    def keep_positions(self):
+        """Keep the loss on tokens above --entropy-threshold, and the documents that have one."""
+        scores = find_scores(self.corpus, self.args.proxy)
+        positions = load_positions(self.corpus, scores, self.args.entropy_threshold, "train")
+        self.counts = np.zeros(len(self.corpus.tokens), dtype=bool)
+        self.counts[positions[:, 0]] = True
+        starts = self.corpus.docs[self.documents, 0]
+        self.documents = self.documents[np.isin(starts, positions[:, 1])]
+
+    def examples(self, step):
+        """The Examples of one step, for all ranks."""
+        seed, n = self.args.seed, self.args.documents_per_step
+        documents = self.documents[shuffled(len(self.documents), step * n, n, seed)]
+        examples = document_examples(self.corpus, documents, self.end_id, self.max_tokens,
+                                     self.args.problem_weight, np.random.default_rng((seed, step)),
+                                     self.counts)
+        if self.n_strings:
+            chosen = shuffled(len(self.strings), step * self.n_strings, self.n_strings, seed)
+            examples += [self.strings[i] for i in chosen]
+        return examples
+
+    def tokens_per_step(self):
+        """The mean over 100 steps."""
+        return np.mean([sum(map(count_tokens, self.examples(step))) for step in range(100)])
 
 
 def learning_rate(step, args):
-    """Linear warm-up, constant, linear to zero over the second half."""
-    return args.lr * min(1, (step + 1) / max(1, args.warmup_steps), 2 * (args.steps - step) / args.steps)
+    """Linear warm-up, then constant, then linear to zero over the second half."""
+    warmup = (step + 1) / max(1, args.warmup_steps)
+    decay = 2 * (args.steps - step) / args.steps
+    return args.lr * min(1, warmup, decay)
 
 
 def flops_of_run(run, parameters, updates_only=False):
-    """FLOPs an RPT run has spent on sampling and updates, or on updates alone, from its metrics.jsonl."""
-    with open(f"{run}/metrics.jsonl") as file:
-        steps = [json.loads(line) for line in file]
-    return sum(6 * parameters * step["trained_tokens"] if updates_only else step["flops"] for step in steps)
-
-
-def check_range(args, low, names):
-    """ValueError for the first of these arguments that is below `low`, infinite or NaN."""
-    for name in names.split():
-        value = getattr(args, name)
-        if not low <= value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {low} and finite, got {value}")
+    """FLOPs that an RPT run has spent on sampling and updates, or on updates alone."""
+    steps = read_metrics(run)
+    if updates_only:
+        return sum(6 * parameters * step["trained_tokens"] for step in steps)
+    return sum(step["flops"] for step in steps)
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Next-token prediction: base model, warm start, control.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
+    parser = flags.Parser("Next-token prediction: base model, warm start, control.")
+    add, at_least = parser.add_argument, flags.at_least
     add("--corpus", required=True, help="folder written by data/prepare.py")
     add("--out-dir", required=True, help="folder of this run")
-    add("--init", default=None, help="checkpoint folder to start from; none: a small model at random")
-    add("--strings", default=None, help="JSONL of think/answer strings (data/warmstart.py)")
-    add("--steps", type=int, default=1000, help="updates")
-    add("--match-compute", default=None, metavar="RUN",
+    add("--init", help="checkpoint folder to start from; none: a small model at random")
+    add("--strings", help="JSONL of think/answer strings (data/warmstart.py)")
+    add("--steps", type=at_least(1), default=1000, help="updates")
+    add("--match-compute", metavar="RUN",
         help="instead of --steps: as many FLOPs as this RPT run has spent")
     add("--updates-only", action="store_true",
-        help="--match-compute: count that run's updates alone (its sampling stands against sampled strings)")
-    add("--entropy-threshold", type=float, default=None,
-        help="a loss only for tokens that RPT may train on, above this entropy in nats; default: for all")
-    add("--proxy", default=None, help="--entropy-threshold: whose entropies; default: the only one there is")
-    add("--documents-per-step", type=int, default=48, help="documents in an update")
-    add("--strings-per-step", type=int, default=48, help="strings in an update, if there are any")
-    add("--max-tokens", type=int, default=256, help="of a longer document a random window of so many tokens")
-    add("--problem-weight", type=float, default=1.0, help="loss weight of tokens before the solution")
-    add("--lr", type=float, default=3e-3, help="peak learning rate of AdamW(0.9, 0.95)")
-    add("--warmup-steps", type=int, default=50, help="updates")
-    add("--grad-clip", type=float, default=1.0, help="largest gradient norm")
-    add("--tokens-per-micro-batch", type=int, default=16384, help="bounds memory; changes nothing else")
-    add("--checkpoint-activations", action="store_true",
-        help="keep one activation a block and compute the rest again in the backward: a quarter more work")
-    add("--bf16-moments", action="store_true", help="AdamW's moments in bf16: 4 bytes a parameter less")
-    add("--reshard", action="store_true",
-        help="above one rank: free a block's gathered weights after its forward, gather them again")
-    add("--ranks-per-copy", type=int, default=0, metavar="N",
-        help="above one rank: N of them share the weights, the others hold copies (HSDP); 0: all share")
-    add("--save-every", type=int, default=200, help="updates between checkpoints")
-    add("--resume", action="store_true", help="continue the run in --out-dir, if there is one")
-    add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    args = parser.parse_args()
-    check_range(args, 2, "max_tokens")
-    check_range(args, 1, "steps tokens_per_micro_batch save_every")
-    check_range(args, 0, "documents_per_step strings_per_step problem_weight lr warmup_steps ranks_per_copy seed")
-    check_range(args, 1e-3, "grad_clip")
-    return args
+        help="--match-compute: count only that run's updates, where --strings had to be sampled "
+             "as well")
+    add("--entropy-threshold", type=at_least(0, float),
+        help="a loss only on tokens that RPT may train on, above this entropy, nats; default: all")
+    add("--proxy", help="--entropy-threshold: whose entropies; default: the only one there is")
+    add("--documents-per-step", type=at_least(0), default=48, help="documents in an update")
+    add("--strings-per-step", type=at_least(0), default=48,
+        help="strings in an update, if there are any")
+    add("--max-tokens", type=at_least(2), default=256,
+        help="tokens of a document; a longer one gives a random window of this size")
+    add("--problem-weight", type=at_least(0, float), default=1.0,
+        help="loss weight of tokens before the solution")
+    add("--lr", type=at_least(0, float), default=3e-3, help="peak learning rate of AdamW")
+    add("--warmup-steps", type=at_least(0), default=50, help="updates")
+    add("--grad-clip", type=at_least(1e-3, float), default=1.0, help="largest gradient norm")
+    flags.add_update_flags(add)
+    flags.add_run_flags(add, save_every=200)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    sys.excepthook = speak_once
+    sys.excepthook = flags.speak_once
     args = parse_args()
     device = parallel.start(args.device)
     corpus = load_corpus(args.corpus)
-    train_docs = np.flatnonzero(corpus.docs[:, 3] == 0)
-    checkpoint = checkpoint_to_resume(args)
-    source = checkpoint or args.init
+    run = Run(args)
+    source = run.checkpoint or args.init
     tokenizer = Tokenizer.load(source or f"{args.corpus}/tokenizer")
     corpus.check(tokenizer, source or args.corpus)
     torch.manual_seed(args.seed)
-    small = GPTConfig(vocab_size=tokenizer.vocab_size, **SMALL)
-    compute_dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    compute_dtype = flags.compute_dtype(device)
     shard = partial(parallel.shard, reshard=args.reshard, ranks_per_copy=args.ranks_per_copy)
     if source:
         model = GPT.from_pretrained(source, device=device, compute_dtype=compute_dtype, shard=shard)
     else:
-        model = GPT(small, compute_dtype).to(device)
+        model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **SMALL), compute_dtype).to(device)
         shard(model)
     model.checkpoint_activations = args.checkpoint_activations
-    optimizer = make_optimizer(model, args.lr, (0.9, 0.95), weight_decay=0.01, bf16_moments=args.bf16_moments)
-    step = load_trainer(checkpoint, model, optimizer)["step"] if checkpoint else 0
-    counts = None
-    if args.entropy_threshold is not None:
-        positions = load_positions(corpus, find_scores(corpus, args.proxy), args.entropy_threshold, "train")
-        counts = np.zeros(len(corpus.tokens), dtype=bool)
-        counts[positions[:, 0]] = True
-        train_docs = train_docs[np.isin(corpus.docs[train_docs, 0], positions[:, 1])]
-    strings = read_strings(args.strings, model.config) if args.strings else []
-    n_documents, n_strings = args.documents_per_step, args.strings_per_step if strings else 0
-    if n_documents + n_strings == 0:
-        raise ValueError("nothing to train on: --documents-per-step is 0 and there are no --strings")
-    max_tokens = min(args.max_tokens, model.config.max_positions)
-    parameters = sum(p.numel() for p in model.parameters())
-
-    def batch(step):
-        """The sequences of one update: a function of the seed and the step."""
-        rng = np.random.default_rng((args.seed, step))
-        documents = train_docs[shuffled(len(train_docs), step * n_documents, n_documents, args.seed)]
-        chosen = shuffled(len(strings), step * n_strings, n_strings, args.seed) if n_strings else []
-        return document_sequences(corpus, documents, tokenizer.eos_id, max_tokens, args.problem_weight, rng,
-                                  counts) + [strings[i] for i in chosen]
-
-    count = lambda sequences: sum(len(prompt) + len(response) for prompt, response, _ in sequences)
+    optimizer = make_optimizer(model, args.lr, BETAS, bf16_moments=args.bf16_moments)
+    lessons = Lessons(args, corpus, tokenizer, model.config)
+    parameters = sum(weight.numel() for weight in model.parameters())
     if args.match_compute:
         budget = flops_of_run(args.match_compute, parameters, args.updates_only)
-        tokens = np.mean([count(batch(step)) for step in range(100)])                    # of an update
-        args.steps = max(1, round(budget / (6 * parameters * tokens)))
-        print0(f"{args.match_compute} spent {budget:.2e} FLOPs; that is {args.steps} steps here")
-    parallel.on_rank_0(lambda: open_run(args, checkpoint))
-    print0(f"{parameters:,} parameters, {len(train_docs):,} documents, {len(strings):,} strings, "
-           f"steps {step} to {args.steps}")
-    interrupted = catch_interrupts()
-    bar = tqdm(range(step, args.steps), initial=step, total=args.steps, desc="ntp",
-               disable=None if parallel.RANK == 0 else True)
+        args.steps = max(1, round(budget / (6 * parameters * lessons.tokens_per_step())))
+        parallel.print0(f"{args.match_compute} spent {budget:.2e} FLOPs; that is {args.steps} "
+                        "steps here")
+    run.open(model, optimizer)
+    parallel.print0(f"{parameters:,} parameters, {len(lessons.documents):,} documents, "
+                    f"{len(lessons.strings):,} strings, steps {run.step} to {args.steps}")
+
+    bar = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, desc="ntp",
+               disable=parallel.NO_BAR)
     for step in bar:
-        start = time.perf_counter()
-        sequences = batch(step)
+        clock = time.perf_counter()
+        lr = learning_rate(step, args)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        loss, grad_norm = ntp_step(model, optimizer, sequences, args.tokens_per_micro_batch, args.grad_clip)
-        seconds, tokens = time.perf_counter() - start, count(sequences)
-        bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tok/s")
-        stop = any(parallel.gather_lists([bool(interrupted)]))
+            group["lr"] = lr
+        # All ranks make the same examples, and each packs its share of them.
+        examples = lessons.examples(step)
+        total_weight = sum(sum(example.advantages[0]) for example in examples) or 1
+        mine = examples[parallel.share(len(examples))]
+        batches = pack(mine, args.tokens_per_micro_batch, device)
+        loss, grad_norm = ntp_update(model, optimizer, batches, total_weight, args.grad_clip)
+
+        seconds, tokens = time.perf_counter() - clock, sum(map(count_tokens, examples))
+        run.step = step + 1
+        is_over = run.is_over()
+        speed = f"{tokens / seconds:,.0f} tok/s"
+        bar.set_postfix_str(f"loss {loss:.3f}, {speed}")
         if parallel.RANK == 0:
-            record = dict(step=step + 1, loss=loss, grad_norm=grad_norm, lr=group["lr"], tokens=tokens,
-                          flops=6 * parameters * tokens, train_tok_s=tokens / seconds, dt_train=seconds)
-            append(f"{args.out_dir}/metrics.jsonl", [record])
-            if (step + 1) % 100 == 0 and bar.disable:
-                speed = f"{tokens / seconds:,.0f} tok/s"
-                print0(f"step {step + 1:05d}/{args.steps:05d} | loss {loss:.3f} | {speed}")
-        if stop or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save_checkpoint(args.out_dir, step + 1, model, tokenizer, optimizer)
-        if stop:
-            print0(f"\nstopped after step {step + 1} and saved; the same command with --resume continues")
-            sys.exit(0)
-    print0(f"done: {latest_checkpoint(args.out_dir)}")
+            append(f"{args.out_dir}/metrics.jsonl", [dict(
+                step=run.step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=tokens,
+                flops=6 * parameters * tokens, train_tok_s=tokens / seconds, dt_train=seconds)])
+        if bar.disable and run.step % LINE_EVERY == 0:
+            parallel.print0(f"step {run.step:05d}/{args.steps:05d} | loss {loss:.3f} | {speed}")
+        if is_over or run.is_due():
+            save_checkpoint(args.out_dir, run.step, model, tokenizer, optimizer)
+        if is_over:
+            break
+    bar.close()
+    run.farewell()

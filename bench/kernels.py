@@ -1,413 +1,466 @@
-"""How fast is it, and is it right? Ours beside what else can be had, on one GPU.
+"""Are the kernels fast, and are they right? Ours beside what one would use otherwise, on one GPU.
 
-    python bench.py kernels          # begins no shape after --minutes 8, compilation included
+    python bench/kernels.py              # begins no shape after 8 minutes, compilation included
+    python bench/kernels.py --rows 1,3 --quick --json kernels.json
 
-    row 1  attention, plain causal              4  log-probs of given tokens
-        2  attention, prompts shared            5  sampling one token a row
-        3  decoding over the KV cache           6  equal bits: yes or no
+    row 1  attention, plain causal      SDPA with FlashAttention; FlexAttention
+        2  attention, shared prompts    flash, every rollout behind a copy of its prompt; flex
+        3  decoding over the KV cache   SDPA with a mask; varlen_attn; both with a copy per row
+        4  log-probs of given tokens    log_softmax of all logits; Liger, or else compiled chunks
+        5  sampling one token per row   multinomial; compiled Gumbel noise
 
-A cell is the median time of a call, the rate of the work that is necessary (not of what a method does
-besides), and its share of what the GPU can. The last column is the time of the best alternative by that of
-`fast`: above 1 ours is faster. `bitwise` is ours too; bwd is fwd+bwd less fwd. Necessary work:
+Each cell has the median time of a call, and the share of it that the necessary work would take at
+the limits of the GPU. If "best alternative / fast" is above 1, ours is faster. Necessary work is
 
-    attention   4 FLOPs a pair of query and key, head and channel forward; 2.5 times that backward
-    decoding    the bytes of keys and values, a prompt once for all rows that share it
-    head        2 N D V FLOPs forward, 6 with the backward; sampling: 2 N D V, or the bytes of the weights
+    attention    4 FLOPs per pair of query and key, head and channel; 14 with the backward pass
+    decoding     the bytes of keys and values, a prompt once for all rows that share it
+    log-probs    2 N D V FLOPs, 6 with the backward pass
+    sampling     2 B D V FLOPs, or the bytes of the weights
 
-Every result is compared with fp32 or fp64 before it is timed; one that is off is marked WRONG and competes
-with nobody, nor does a bound in parentheses. What is not installed or fails says so in its cell. Inputs are
-random, the L2 cache is emptied before every call, block masks and tile tables are not timed. Decoding and
-sampling run as CUDA graphs.
+Every result is compared with fp32 or fp64 before it is timed. One that is off is marked WRONG and
+enters no ratio; neither does a bound, in parentheses. A method that fails or is not installed gets
+a line with the reason. Inputs are random, the L2 cache is emptied before every call, block masks
+and tile tables are not timed. Decoding and sampling run as CUDA graphs.
 """
-import functools
-import inspect
+import importlib.util
 import json
-import math
-import subprocess
 import sys
 import time
 import warnings
-from contextlib import suppress
-from datetime import datetime
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
+if __name__ == "__main__":  # the repository, not bench/, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import kernels
-from plumbing.flags import ROOT
-from kernels.attention import attention, attention_reference, make_layout, real
-from tests.bits import bit_tests, head_inputs, verdict
+from bench.common import commit, limits, pairs
+from kernels.attention import attention, is_real, make_layout
 from kernels.decode import Rows, decode, decode_reference
-from kernels.logprob import logprob, logprob_reference, sample
-from bench.measure import (LIMITS, OURS, Method, against_best, cell, compiled, measure, ours, randn, relative,
-                             short)
+from kernels.logprob import logprob, sample
+from plumbing import flags
 
-WRONG_FROM = 0.05         # relative error. bf16 is good to about 0.004, sums kept in bf16 to about 0.02
+OURS = ("fast", "bitwise")
+PASSES = ("fwd", "fwd+bwd")
+HEADS = {"1.5B": (12, 2, 128), "0.5B": (14, 2, 64), "Qwen3": (16, 8, 128)}  # H, Hkv, K
+PACK = 32_768        # tokens of a batch in rows 1 and 2
+VOCABULARY = 151_936
+CHUNK = 2048         # rows of a compiled chunk
 TEMPERATURE = 0.8
+# Largest relative error of a right result: bf16 has errors of about 0.004, sums kept in bf16 of
+# 0.02, and log-probs of about -12 of 0.001.
+ALLOWED = dict(out=0.05, dq=0.05, dk=0.05, dv=0.05, logp=0.01, dH=0.05, dW=0.05)
 
 
-# ---- rows 1 and 2: attention -------------------------------------------------------------------------------
+# ---- measuring ----
 
-def pairs(groups):
-    """(query, key) pairs that see each other, a head."""
-    causal = lambda n: n * (n + 1) // 2
-    return sum(causal(P) + sum(R * P + causal(R) for R in rollouts) for P, rollouts in groups)
+@dataclass
+class Method:
+    """A call to check and time; with `dout`, the gradient of its result, backward as well.
 
+    check(result, *gradients of all inputs) -> {what: (error, allowed)}; a bound has no check.
+    """
+    call: Callable
+    inputs: list
+    check: Callable | None = None
+    dout: torch.Tensor | None = None
+    graph: bool = False  # time it as a CUDA graph
 
-def ragged_groups(P, R, G, tokens):
-    """Groups of a prompt and G rollouts of R/4 to R tokens, about `tokens` in all: a multiple of 128, because
-    FlexAttention has been known to fail on others."""
-    generator, groups = torch.Generator().manual_seed(0), []
-    while not groups or sum(P + sum(rollouts) for P, rollouts in groups) < tokens:
-        groups.append((P, torch.randint(max(1, R // 4), R + 1, (G,), generator=generator).tolist()))
-    groups[-1][1][-1] += -sum(P + sum(rollouts) for P, rollouts in groups) % 128
-    return groups
+    def forward(self):
+        return self.call(*self.inputs)
 
-
-def exact_attention(q, k, v, dout, groups):
-    """Packed out, dq, dk, dv in fp32, a group at a time."""
-    parts, first = [], 0
-    for P, rollouts in groups:
-        here, first = slice(first, first + P + sum(rollouts)), first + P + sum(rollouts)
-        x = [t[here].detach().float().requires_grad_() for t in (q, k, v)]
-        with sdpa_kernel(SDPBackend.MATH):
-            out = attention_reference(*x, make_layout([(P, rollouts)], q.device))
-        parts.append((out.detach(), *torch.autograd.grad(out, x, dout[here].float())))
-    return [torch.cat(part) for part in zip(*parts)]
+    def forward_backward(self):
+        """-> result, *gradients"""
+        inputs = [x.detach().requires_grad_() for x in self.inputs]
+        result = self.call(*inputs)
+        return result.detach(), *torch.autograd.grad(result, inputs, self.dout)
 
 
-def varlen(q, k, v, ends_q, ends_k, max_q, max_k, causal):
-    """torch's varlen_attn, whose arguments have changed with every version; grouped heads may be implied."""
-    from torch.nn.attention.varlen import varlen_attn
-    known = inspect.signature(varlen_attn).parameters
-    options = dict(enable_gqa=True) if "enable_gqa" in known else {}
-    if causal:
-        options |= dict(window_size=(-1, 0)) if "window_size" in known else dict(is_causal=True)
-    return varlen_attn(q, k, v, ends_q, ends_k, max_q, max_k, **options)
+def in_fp32(names, call, inputs, dout):
+    """-> {name: the result, then the gradients}, by our plain torch backend."""
+    kernels.set_backend("torch")
+    method = Method(call, [x.float() for x in inputs], dout=dout.float())
+    return dict(zip(names, method.forward_backward()))
 
 
-def ends(lens):
-    return F.pad(lens.cumsum(0), (1, 0)).int()
+def compare(exact, *got):
+    """exact: {what: tensor}; got: the same in order -> {what: (relative error, allowed)}."""
+    checked = {}
+    for x, (what, y) in zip(got, exact.items()):
+        error = (x.double().reshape(y.shape) - y.double()).norm() / y.double().norm()
+        checked[what] = error.item(), ALLOWED[what]
+    return checked
 
 
-def attention_case(H, Hkv, K, groups, device, dtype):
-    """Work and methods. What knows no shared prompts gets a copy of the prompt for every rollout."""
-    layout, shared = make_layout(groups, device), any(rollouts for _, rollouts in groups)
-    T, make = len(layout.positions), functools.partial(randn, device=device, dtype=dtype)
-    *packed, dout = (make(T, heads, K, seed=i) for i, heads in enumerate((H, Hkv, Hkv, H)))
-    exact = exact_attention(*packed, dout, groups)
-    if shared:
-        copies = torch.cat([layout.prompts[layout.owner], layout.rollouts], dim=1)       # (M, P + R)
-        lens = layout.prompt_lens[layout.owner] + layout.rollout_lens
-    else:
-        copies, lens = layout.prompts, layout.prompt_lens
-    there = real(lens, copies.shape[1])
+def measure(method):
+    """Check it, then time it -> {errors, wrong, ms of each pass, peak} or {reason: why not}."""
+    backward = method.dout is not None
+    try:
+        got = method.forward_backward() if backward else (method.forward(),)
+        checked = method.check(*got) if method.check else {}
+        del got
+        # NaN is not <= anything.
+        wrong = [f"{what} off by {error:.1e}" for what, (error, allowed) in checked.items()
+                 if not error <= allowed]
+        record = dict(errors={what: checked[what][0] for what in checked}, wrong=", ".join(wrong))
+        record["fwd"] = time_ms(method.forward, method.graph)
+        if backward:
+            record["fwd+bwd"] = time_ms(method.forward_backward)
+            record["peak"] = peak_mb(method.forward_backward)
+        return record
+    # Libraries may raise anything on shapes that they do not know; the table shows it.
+    except Exception as error:
+        return dict(reason=short(error))
 
-    def compare(rows, *got):
-        """got: out, dq, dk, dv, of which the gradients of copies are only parts of ours."""
-        named = zip(("out", "dq", "dk", "dv"), got[:1] if shared and rows is not None else got, exact)
-        return {what: (relative(x, y if rows is None else y[rows]), WRONG_FROM) for what, x, y in named}
 
-    def leaves(tensors, form):
-        return tuple(form(x).detach().requires_grad_() for x in tensors)
+def short(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".replace("|", "/")[:70]
 
-    def packed_method(call, form=lambda x: x.clone(), back=lambda x: x):
-        return Method(call, leaves(packed, form), lambda out, grads: compare(None, *map(back, (out, *grads))),
-                      form(dout))
 
-    def batch_method(call):
-        heads_first = lambda x: x[copies].transpose(1, 2)                                # (M, H, L, K)
-        back = lambda x: x.transpose(1, 2)[there]
-        return Method(call, leaves(packed, heads_first),
-                      lambda out, grads: compare(copies[there], *map(back, (out, *grads))),
-                      heads_first(dout) * there[:, None, :, None])
+def time_ms(function, graph=False):
+    """Median milliseconds of function(). do_bench overwrites the L2 cache before every call."""
+    from triton.testing import do_bench
+    # Without a graph a decoding step would take as long as Python takes to launch it.
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            function()
+        function = captured.replay
+    return do_bench(function, warmup=10, rep=60, return_mode="median")
 
-    def sdpa(backend):
-        def call(q, k, v):
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return lambda: batch_method(call)
 
-    def flex():
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-        L = T if shared else copies.shape[1]
-        lens = layout.segments[:, 1] - layout.segments[:, 0]
-        of_rows = layout.segments[torch.repeat_interleave(lens)].T.contiguous().to(device)  # (5, T)
-        start, _, prefix, prefix_end, _ = of_rows
-        causal = lambda b, h, i, j: j <= i
-        sees = lambda b, h, i, j: (j <= i) & ((j >= start[i]) | ((j >= prefix[i]) & (j < prefix_end[i])))
-        mask = create_block_mask(sees if shared else causal, None, None, L, L, device=device)
+def peak_mb(function):
+    """MB that function() needs beyond what is allocated already, its results included."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
-        def method(dynamic):
-            run = compiled(flex_attention, dynamic)
-            call = lambda q, k, v: run(q, k, v, block_mask=mask, enable_gqa=True)
-            if shared:
-                return packed_method(call, lambda x: x[None].transpose(1, 2), lambda x: x.transpose(1, 2)[0])
-            return batch_method(call)
-        try:
-            any_length = method(dynamic=True)
-            torch.autograd.grad(any_length.call(*any_length.inputs), any_length.inputs, any_length.dout)
-            return any_length
-        except Exception:  # such masks have failed to compile for every length at once: not a reason to lose
-            return method(dynamic=False)
 
-    def varlen_method():
-        rows, at, longest = copies[there], ends(lens), int(lens.max())
-        return Method(lambda q, k, v: varlen(q, k, v, at, at, longest, longest, True),
-                      leaves(packed, lambda x: x[rows]), lambda out, grads: compare(rows, out, *grads),
-                      dout[rows])
+# ---- rows 1 and 2: attention ----
 
-    def own(kind):
-        return lambda: packed_method(ours(kind, lambda q, k, v: attention(q, k, v, layout)))
+def packed_attention(device, dtype, heads, P, G=0, R=0):
+    """Groups of a prompt of P tokens and G rollouts of R."""
+    H, Hkv, K = HEADS[heads]
+    groups = [(P, [R] * G)] * (PACK // (P + G * R))
+    layout = make_layout(groups, device)
+    make = partial(torch.randn, len(layout.positions), device=device, dtype=dtype)
+    qkv = [make(H, K), make(Hkv, K), make(Hkv, K)]
+    dout = make(H, K)
+    call = partial(attention, layout=layout)
+    exact = in_fp32(("out", "dq", "dk", "dv"), call, qkv, dout)
+    check = partial(compare, exact)
+    methods = dict.fromkeys(OURS, Method(call, qkv, check, dout))
 
+    # FlashAttention cannot share prompts, so it gets every rollout behind a copy of its prompt. The
+    # gradients of several copies are only parts of ours, so then only the output is compared.
+    copies = [[*range(prefix, prefix_end), *range(start, end)]
+              for start, end, prefix, prefix_end, seen_until in layout.segments.tolist()
+              if seen_until == end]  # no rollout continues it
+    copies = torch.tensor(copies, device=device)                                 # (M, P + R)
+    names = ["out"] if G else exact
+    of_copies = partial(compare, {name: exact[name][copies] for name in names})
+    methods["SDPA flash"] = Method(causal_flash, [x[copies] for x in qkv], of_copies, dout[copies])
+    methods["FlexAttention"] = Method(partial(flex, mask=block_mask(layout)), qkv, check, dout)
     flops = 4 * pairs(groups) * H * K
-    return {"fwd": (flops, 0), "bwd": (2.5 * flops, 0), "fwd+bwd": (3.5 * flops, 0)}, {
-        **{kind: own(kind) for kind in OURS}, "flash": sdpa(SDPBackend.FLASH_ATTENTION),
-        "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION), "flex": flex, "varlen": varlen_method}
+    return {"fwd": (flops, 0), "fwd+bwd": (3.5 * flops, 0)}, methods
 
 
-# ---- row 3: decoding ---------------------------------------------------------------------------------------
+def causal_flash(q, k, v):
+    """(M, L, heads, K) each"""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2)
 
-def decode_case(B, G, P, R, H, Hkv, K, device, dtype):
-    """B rows, G to a prompt of P tokens, with R/4 to R tokens of their own; alternatives read full copies."""
-    S, make = B // G, functools.partial(randn, device=device, dtype=dtype)
-    q, caches = make(B, H, K), [make(S, Hkv, P, K, seed=1), make(S, Hkv, P, K, seed=2),
-                                make(B, Hkv, R, K, seed=3), make(B, Hkv, R, K, seed=4)]
-    rows = Rows(B, S, H // Hkv, device)
+
+def flex(q, k, v, mask):
+    """(T, heads, K) each"""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return compiled_flex(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+
+compiled_flex = torch.compile(flex_attention, dynamic=False)
+
+
+def block_mask(layout):
+    """The layout as FlexAttention wants it."""
+    lens = layout.segments[:, 1] - layout.segments[:, 0]
+    of_rows = layout.segments.repeat_interleave(lens, dim=0).T.to(layout.positions.device)
+    start, _, prefix, prefix_end, _ = of_rows.contiguous()                       # (T,) each
+
+    def sees(batch, head, query, key):
+        in_prompt = (key >= prefix[query]) & (key < prefix_end[query])
+        return (key <= query) & ((key >= start[query]) | in_prompt)
+
+    return create_block_mask(sees, None, None, len(start), len(start), device=start.device)
+
+
+# ---- row 3: decoding ----
+
+def decoding(device, dtype, heads, B, G, P, R):
+    """B rows, G to a prompt of P tokens, with R/4 to R tokens of their own."""
+    H, Hkv, K = HEADS[heads]
+    rows = Rows(B, B // G, H // Hkv, device)
     rows.prompt_lens.fill_(P)
-    rows.lengths.copy_(torch.randint(max(1, R // 4), R + 1, (B,), generator=torch.Generator().manual_seed(0)))
+    rows.lengths.copy_(torch.randint(R // 4, R + 1, (B,)))
     rows.place([row // G for row in range(B)])
-    exact = decode_reference(q.float(), *(cache.float() for cache in caches), rows)
-    check = lambda out, _: dict(out=(relative(out.view(B, H, K), exact), WRONG_FROM))
-    kv = lambda i: torch.cat([caches[i][rows.prompt], caches[i + 2]], dim=2)             # (B, Hkv, P + R, K)
-    seen = real(P + rows.lengths, P + R)                                                 # (B, P + R)
+    make = partial(torch.randn, device=device, dtype=dtype)
+    q = make(B, H, K)
+    prompt_k, prompt_v = make(2, B // G, Hkv, P, K)
+    row_k, row_v = make(2, B, Hkv, R, K)
+    inputs = [q, prompt_k, prompt_v, row_k, row_v]
+    exact = decode_reference(*(x.float() for x in inputs), rows)
+    check = partial(compare, dict(out=exact))
+    methods = dict.fromkeys(OURS, Method(partial(decode, rows=rows), inputs, check, graph=True))
 
-    def sdpa(backend, mask=seen[:, None, None], check=check):
-        def call(q, k, v):
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        return lambda: Method(call, (q[:, :, None], kv(0), kv(1)), check, graph=True)
-
-    def varlen_method():
-        k, v = (kv(i).transpose(1, 2)[seen] for i in (0, 1))                             # (tokens, Hkv, K)
-        at_q, at_k = torch.arange(B + 1, device=device).int(), ends(P + rows.lengths)
-        return Method(lambda *x: varlen(*x, at_q, at_k, 1, P + R, False), (q, k, v), check, graph=True)
-
-    def own(kind):
-        return lambda: Method(ours(kind, lambda *x: decode(*x, rows)), (q, *caches), check, graph=True)
-
-    moved = 2 * (S * P + int(rows.lengths.sum())) * Hkv * K * q.element_size()
-    return {"fwd": (0, moved)}, {
-        **{kind: own(kind) for kind in OURS}, "cudnn, mask": sdpa(SDPBackend.CUDNN_ATTENTION),
-        "math, mask": sdpa(SDPBackend.MATH), "varlen": varlen_method,
-        "(flash, as if no row were shorter)": sdpa(SDPBackend.FLASH_ATTENTION, None, lambda *_: {})}
+    k = torch.cat([prompt_k[rows.slot], row_k], dim=2)                     # (B, Hkv, P + R, K)
+    v = torch.cat([prompt_v[rows.slot], row_v], dim=2)
+    seen = is_real(P + rows.lengths, P + R)                                  # (B, P + R)
+    methods["SDPA (cuDNN or math)"] = Method(
+        partial(masked_sdpa, mask=seen[:, None, None]), [q[:, :, None], k, v], check, graph=True)
+    ends = F.pad(seen.sum(dim=1).cumsum(0), (1, 0)).int()
+    methods["varlen_attn"] = Method(
+        partial(varlen, nth=torch.arange(B + 1, device=device).int(), ends=ends, longest=P + R),
+        [q, k.transpose(1, 2)[seen], v.transpose(1, 2)[seen]], check, graph=True)
+    cached = B // G * P + int(rows.lengths.sum())
+    return {"fwd": (0, 2 * cached * Hkv * K * q.itemsize)}, methods
 
 
-# ---- rows 4 and 5: the head --------------------------------------------------------------------------------
-
-def naive_logprob(hidden, weight, targets):
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    logprobs = (hidden @ weight.T).log_softmax(dim=-1, dtype=dtype)                      # (N, V)
-    return logprobs.gather(1, targets[:, None]).squeeze(1)
+def masked_sdpa(q, k, v, mask):
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH], set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
-def logprob_case(N, D, V, device, dtype, chunk=2048):
-    hidden, weight = head_inputs(N, D, V, device, dtype)
-    targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(2)).to(device)
-    some = torch.arange(0, N, max(1, N // 128), device=device)
-    exact = naive_logprob(hidden[some].double(), weight.double(), targets[some])
-    x = [t.float().requires_grad_() for t in (hidden, weight)]
-    total = logprob_reference(*x, targets)[0].sum()
-    gradients, total = [g.to(dtype) for g in torch.autograd.grad(total, x)], total.item()
-    del x
-
-    def check(result, got):
-        if result.ndim:
-            errors = {"logp": ((result[some].double() - exact).abs().max().item(), 0.2)}  # bf16 logits: 0.05
-        else:  # a sum tells only of the sum
-            errors = {"sum": (abs(result.item() / total - 1), WRONG_FROM)}
-        named = zip(("dH", "dW"), got, gradients)
-        return errors | {what: (relative(x, y), WRONG_FROM) for what, x, y in named}
-
-    def method(call, check=check, dout=lambda: torch.ones(N, device=device)):
-        leaf = lambda x: x.clone().requires_grad_()
-        return lambda: Method(call, (leaf(hidden), leaf(weight)), check, dout())
-
-    def chunked(hidden, weight):
-        part = lambda h, t: checkpoint(compiled(naive_logprob), h, weight, t, use_reentrant=False)
-        return torch.cat([part(h, t) for h, t in zip(hidden.split(chunk), targets.split(chunk))])
-
-    def liger(hidden, weight):
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Fused
-        return -Fused.apply(hidden, weight, targets, None, None, -100, 0.0, 0.0, "sum")[0]
-
-    def cut(hidden, weight):
-        from cut_cross_entropy import linear_cross_entropy
-        return -linear_cross_entropy(hidden, weight, targets, reduction="none", filter_eps=None)
-
-    def torchs(hidden, weight):
-        if not hasattr(F, "linear_cross_entropy"):
-            raise ModuleNotFoundError  # 2.13 has it
-        return -F.linear_cross_entropy(hidden, weight, targets, reduction="sum",
-                                       options=torch.nn.LinearCrossEntropyOptions())
-
-    scalar, flops = lambda: None, 2 * N * D * V
-    logits = lambda: randn(N, V, device=device, dtype=dtype, seed=3)
-    return {"fwd": (flops, 0), "fwd+bwd": (3 * flops, 0)}, {
-        **{kind: method(ours(kind, lambda h, w: logprob(h, w, targets)[0])) for kind in OURS},
-        "naive": method(lambda h, w: naive_logprob(h, w, targets)), "compiled chunks": method(chunked),
-        "liger": method(liger, dout=scalar), "cut cross-entropy": method(cut),
-        "torch linear CE": method(torchs, dout=scalar),
-        "(products alone)": method(lambda h, w: h @ w.T, lambda *_: {}, logits)}
+def varlen(q, k, v, nth, ends, longest):
+    """q (B, H, K); k, v (all tokens, Hkv, K): those of row b are ends[b] to ends[b + 1]."""
+    from torch.nn.attention.varlen import varlen_attn
+    return varlen_attn(q, k, v, nth, ends, 1, longest, enable_gqa=True)
 
 
+# ---- row 4: log-probs ----
+
+def logprobs(device, dtype, N, D):
+    inputs = head_inputs(device, dtype, N, D)
+    targets = torch.randint(VOCABULARY, (N,), device=device)
+    ones = torch.ones(N, device=device)
+    call = partial(our_logprobs, targets=targets)
+    exact = in_fp32(("logp", "dH", "dW"), call, inputs, ones)
+    check = partial(compare, exact)
+    methods = dict.fromkeys(OURS, Method(call, inputs, check, ones))
+    methods["naive"] = Method(partial(naive_logprobs, targets=targets), inputs, check, ones)
+    if importlib.util.find_spec("liger_kernel"):
+        check = partial(compare, exact | dict(logp=exact["logp"].sum()))
+        liger = partial(liger_logprobs, targets=targets)
+        methods["Liger"] = Method(liger, inputs, check, torch.ones((), device=device))
+    else:
+        chunked = partial(chunked_logprobs, targets=targets)
+        methods["compiled chunks"] = Method(chunked, inputs, check, ones)
+    dlogits = torch.randn(N, VOCABULARY, device=device, dtype=dtype)
+    methods["(products alone)"] = Method(F.linear, inputs, dout=dlogits)
+    flops = 2 * N * D * VOCABULARY
+    return {"fwd": (flops, 0), "fwd+bwd": (3 * flops, 0)}, methods
+
+
+def head_inputs(device, dtype, N, D):
+    """-> hidden (N, D) and weight (V, D), whose logits have standard deviation 3."""
+    weight = torch.randn(VOCABULARY, D, device=device, dtype=dtype).mul_(3 / D ** 0.5)
+    return [torch.randn(N, D, device=device, dtype=dtype), weight]
+
+
+def our_logprobs(hidden, weight, targets):
+    return logprob(hidden, weight, targets)[0]
+
+
+def naive_logprobs(hidden, weight, targets):
+    logp = (hidden @ weight.T).log_softmax(dim=-1, dtype=torch.float32)      # (N, V)
+    return logp.gather(1, targets[:, None]).squeeze(1)
+
+
+def chunked_logprobs(hidden, weight, targets):
+    return torch.cat([checkpoint(compiled_logprobs, h, weight, t, use_reentrant=False)
+                      for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK))])
+
+
+compiled_logprobs = torch.compile(naive_logprobs, dynamic=False)
+
+
+def liger_logprobs(hidden, weight, targets):
+    """-> their sum"""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+    return -LigerFusedLinearCrossEntropyFunction.apply(
+        hidden, weight, targets, None, None, -100, 0.0, 0.0, "sum")[0]
+
+
+# ---- row 5: sampling ----
+
+def sampling(device, dtype, B, D):
+    inputs = head_inputs(device, dtype, B, D)
+    hidden, weight = (x.double() for x in inputs)
+    exact = (hidden @ weight.T / TEMPERATURE).log_softmax(dim=-1)            # (B, V)
+    check = partial(compare_draws, exact)
+    bits = torch.randint(2**62, (B,), device=device)
+    call = partial(sample, bits=bits, temperature=TEMPERATURE)
+    methods = dict.fromkeys(OURS, Method(call, inputs, check, graph=True))
+    # No graph here, because multinomial may read its argument on the CPU.
+    methods["multinomial"] = Method(multinomial_sample, inputs, check)
+    methods["compiled Gumbel"] = Method(gumbel_sample, inputs, check, graph=True)
+    return {"fwd": (2 * B * D * VOCABULARY, inputs[1].nbytes)}, methods
+
+
+def compare_draws(exact, drawn):
+    """Check each token's log-prob, and that the mean over drawn tokens is minus the entropy."""
+    tokens, logp = drawn
+    true = exact.gather(1, tokens[:, None]).squeeze(1)
+    mean = (exact.exp() * exact).sum(dim=-1)
+    variance = (exact.exp() * exact.square()).sum(dim=-1) - mean.square()
+    deviation = (true - mean).sum().abs() / variance.sum().sqrt()
+    return {"logp": ((logp - true).abs().max().item(), 0.2),  # bf16 logits: 0.05
+            "mean logp, in standard errors,": (deviation.item(), 6)}
+
+
+def multinomial_sample(hidden, weight):
+    logp = ((hidden @ weight.T).float() / TEMPERATURE).log_softmax(dim=-1)
+    tokens = torch.multinomial(logp.exp(), 1)
+    return tokens.squeeze(1), logp.gather(1, tokens).squeeze(1)
+
+
+@torch.compile(dynamic=False)
 def gumbel_sample(hidden, weight):
-    logits = (hidden @ weight.T).float() / TEMPERATURE                                   # (B, V)
+    logits = (hidden @ weight.T).float() / TEMPERATURE
     tokens = (logits - torch.log(-torch.log(torch.rand_like(logits)))).argmax(dim=-1)
     return tokens, logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
 
 
-def multinomial_sample(hidden, weight):
-    logprobs = ((hidden @ weight.T).float() / TEMPERATURE).log_softmax(dim=-1)
-    tokens = torch.multinomial(logprobs.exp(), 1)
-    return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)
+# ---- the tables ----
 
-
-def sampling_case(B, D, V, device, dtype):
-    hidden, weight = head_inputs(B, D, V, device, dtype)
-    bits = torch.randint(2**62, (B,), generator=torch.Generator().manual_seed(2)).to(device)
-    exact = (hidden.double() @ weight.double().T / TEMPERATURE).log_softmax(dim=-1)      # (B, V)
-    entropy = -(exact.exp() * exact).sum(dim=-1)
-    spread = ((exact.exp() * exact.square()).sum(dim=-1) - entropy.square()).mean().div(B).sqrt().item()
-
-    def check(result, _):
-        """The log-prob is that of the token, and the mean over tokens drawn is minus the entropy."""
-        tokens, logprobs = result
-        drawn = exact.gather(1, tokens[:, None]).squeeze(1)
-        return {"logp": ((logprobs.double() - drawn).abs().max().item(), 0.2),
-                "mean logp, in standard errors,": (abs((drawn + entropy).mean().item()) / spread, 6)}
-
-    method = lambda call, graph=True: lambda: Method(call, (hidden, weight), check, graph=graph)
-    return {"fwd": (2 * B * D * V, V * D * weight.element_size())}, {
-        **{kind: method(ours(kind, lambda h, w: sample(h, w, bits, TEMPERATURE))) for kind in OURS},
-        "multinomial": method(multinomial_sample, graph=False),  # it may look at its argument on the CPU
-        "compiled gumbel": method(lambda h, w: compiled(gumbel_sample)(h, w))}
-
-
-# ---- the run -----------------------------------------------------------------------------------------------
-
-HEADS = {"1.5B": (12, 2, 128), "0.5B": (14, 2, 64), "Qwen3": (16, 8, 128)}  # H, Hkv, K: Qwen2.5, Qwen3-1.7B
-V, PACK = 151_936, 32_768                                                   # vocabulary; tokens of a batch
-ROWS = {  # number: title, function, shapes (the first few are the quick ones), how many are quick
-    1: ("attention, plain causal: heads, S",
-        lambda heads, S: (attention_case, *HEADS[heads], [(S, [])] * (PACK // S)),
-        [("1.5B", 2048), ("1.5B", 1024), ("1.5B", 8192), ("0.5B", 2048), ("Qwen3", 2048)], 1),
-    2: ("attention, a prompt of P and 8 rollouts of R/4 to R (flash, cudnn, varlen: 8 copies): heads, P, R",
-        lambda heads, P, R: (attention_case, *HEADS[heads], ragged_groups(P, R, 8, PACK)),
-        [("1.5B", 1024, 1024), ("1.5B", 512, 512), ("1.5B", 3072, 1024), ("1.5B", 4096, 512),
-         ("0.5B", 1024, 1024)], 1),
-    3: ("decoding, one layer, G rows a prompt of P, R/4 to R of their own: heads, B, G, P, R",
-        lambda heads, B, G, P, R: (decode_case, B, G, P, R, *HEADS[heads]),
-        [("1.5B", 256, 8, 1024, 1024), ("1.5B", 64, 8, 1024, 1024), ("1.5B", 16, 8, 1024, 1024),
-         ("1.5B", 256, 1, 1024, 1024), ("1.5B", 256, 8, 2048, 6144), ("1.5B", 512, 8, 512, 1024),
-         ("0.5B", 256, 8, 1024, 1024), ("Qwen3", 256, 8, 1024, 1024)], 2),
-    4: ("log-probs: N, D", lambda N, D: (logprob_case, N, D, V),
-        [(16_384, 1536), (4096, 896), (16_384, 2048)], 1),
-    5: ("sampling: B, D", lambda B, D: (sampling_case, B, D, V),
-        [(256, 1536), (16, 1536), (64, 1536), (512, 1536)], 1),
+# Title, function, shapes (--quick: the first one). The function takes device, dtype and a shape
+# -> {pass: (FLOPs, bytes)} that are necessary, {name: Method}.
+ROWS = {
+    "1": ("attention, plain causal: heads, length", packed_attention,
+          [("1.5B", 2048), ("1.5B", 1024), ("1.5B", 4096), ("0.5B", 2048), ("Qwen3", 2048)]),
+    "2": ("attention, a prompt of P and G rollouts of R: heads, P, G, R", packed_attention,
+          [("1.5B", 1024, 8, 1024), ("1.5B", 512, 8, 512), ("1.5B", 3072, 8, 1024),
+           ("1.5B", 4096, 8, 512), ("0.5B", 1024, 8, 1024)]),
+    "3": ("decoding, G rows to a prompt of P, R/4 to R of their own: heads, B, G, P, R", decoding,
+          [("1.5B", 256, 8, 1024, 1024), ("1.5B", 64, 8, 1024, 1024), ("1.5B", 16, 8, 1024, 1024),
+           ("1.5B", 256, 1, 1024, 1024), ("1.5B", 256, 8, 2048, 6144), ("1.5B", 512, 8, 512, 1024),
+           ("0.5B", 256, 8, 1024, 1024), ("Qwen3", 256, 8, 1024, 1024)]),
+    "4": ("log-probs: N, D", logprobs, [(16_384, 1536), (4096, 896), (16_384, 2048)]),
+    "5": ("sampling: B, D", sampling, [(256, 1536), (16, 1536), (64, 1536), (512, 1536)]),
 }
-BITS = dict(heads=[HEADS["1.5B"], HEADS["0.5B"]], groups=[(200, [64, 1, 300]), (1024, [129, 700]), (1, [63])],
-            N=1024, D=1536, V=V, counts=[1, 2, 3, 8, 16, 17, 64, 65, 128, 256, 512, 513, 1024, 2048, 4096])
+
+
+def measure_shape(build, shape, limit, device, dtype):
+    """Print what is measured at one shape -> a record for every method."""
+    torch.manual_seed(0)
+    label = " ".join(map(str, shape))
+    try:
+        work, methods = build(device, dtype, *shape)
+    except Exception as error:  # as in `measure`
+        show(label, short(error))
+        return []
+
+    records = []
+    for name, method in methods.items():
+        if name in OURS:
+            kernels.set_backend(name)
+        record = measure(method)
+        cells = [cell(record, name, work, limit) for name in PASSES]
+        peak = f"{record['peak']:,.0f}" if "peak" in record else ""
+        mark = f"WRONG ({record['wrong']})" if record.get("wrong") else record.get("reason", "")
+        show(label, name, *cells, peak, mark)
+        records.append(dict(shape=shape, method=name, work=work) | record)
+        torch.cuda.empty_cache()
+    show(label, "best alternative / fast", *(best_over_fast(records, name) for name in PASSES))
+    return records
 
 
 def show(*cells):
-    with tqdm.external_write_mode():
-        print("| " + " | ".join(cells) + " |", flush=True)
+    print("| " + " | ".join([*cells, *[""] * (6 - len(cells))]) + " |", flush=True)
 
 
-def run_row(number, shapes, limits, device, dtype, until=math.inf):
-    """Measure and print one of the rows 1 to 5 -> a list of what was measured."""
-    (title, arguments, *_), records = ROWS[number], []
-    print(f"\n{number}. {title}\n", flush=True)
-    for shape in tqdm(shapes, desc=f"row {number}", unit="shape", disable=None):
-        label = " ".join(map(str, shape))
-        if time.monotonic() > until:
-            show(label, "not begun: the minutes are over")
-            continue
-        try:
-            case, *rest = arguments(*shape)
-            work, methods = case(*rest, device, dtype)
-        except Exception as error:  # as in `measure`
-            show(label, short(error))
-            continue
-        if not records:
-            show("shape", "", *methods, "best / fast")
-            show(*["---"] * (len(methods) + 3))
-        results = {name: measure(build, work) for name, build in methods.items()}
-        for name in work:
-            cells = [cell(result, name, work[name], limits) for result in results.values()]
-            show(label, name, *cells, against_best(results, name))
-        if number == 4:
-            peaks = [r.get("peak") for r in results.values()]
-            show(label, "peak MB", *("-" if mb is None else f"{mb:,.0f}" for mb in peaks), "")
-            errors = [r.get("errors", {}).get("logp") for r in results.values()]
-            show(label, "largest error of logp", *("-" if e is None else f"{e:.1e}" for e in errors), "")
-        records += [dict(row=number, shape=shape, method=name, work=work) | r for name, r in results.items()]
-    return records
+def cell(record, name, work, limit):
+    """The time of a pass, and the share of it that its work would take at the limit."""
+    if name not in record:
+        return ""
+    flops, moved = work[name]
+    least = 1e3 * max(flops / limit[0], moved / limit[1])
+    return f"{record[name]:.3f} ms, {least / record[name]:.0%}"
 
 
-def run_bits(arguments, device, dtype):
-    print("\n6. equal bits (a question mark: nobody promised)\n", flush=True)
+def best_over_fast(records, name):
+    """Time of the best alternative / time of `fast`; a name in parentheses is a bound."""
+    right = {r["method"]: r[name] for r in records if name in r and not r["wrong"]}
+    others = [method for method in right if method not in OURS and not method.startswith("(")]
+    if "fast" not in right or not others:
+        return ""
+    best = min(others, key=right.get)
+    return f"{right[best] / right['fast']:.2f} {best}"
+
+
+def run(args, device, dtype):
+    """Print header and tables, write the records."""
+    start = time.monotonic()
+    limit = limits(device.type)
+    header = (f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton "
+              f"{kernels.triton.__version__}, CUDA {torch.version.cuda}, commit {commit()}, "
+              f"{time.strftime('%Y-%m-%d %H:%M')}\npython {' '.join(sys.argv)}, shares of "
+              f"{limit[0] / 1e12:.0f} TFLOP/s in bf16 and {limit[1] / 1e12:.1f} TB/s")
+    print(header)
     records = []
-    for name, test in bit_tests(**arguments, device=device, dtype=dtype).items():
-        records.append(dict(row=6, test=name, result=verdict(name, test)))
-        show(name, records[-1]["result"])
-    return records
-
-
-def commit():
-    """The commit of this tree, with -dirty if it was changed since."""
-    with suppress(OSError):  # no git
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-        return git.stdout.strip() or "unknown"
-    return "unknown"
-
-
-def header(limits, known):
-    """Two lines: on what and with what this was measured."""
-    unlike = "" if known else " (an H200's: this GPU's are not known)"
-    versions = f"torch {torch.__version__}, triton {kernels.triton.__version__}, CUDA {torch.version.cuda}"
-    return (f"{torch.cuda.get_device_name()}, {versions}, commit {commit()}, {datetime.now():%Y-%m-%d %H:%M}\n"
-            f"python {' '.join(sys.argv)}, shares of {limits[0] / 1e12:.0f} TFLOP/s in bf16 and "
-            f"{limits[1] / 1e12:.1f} TB/s{unlike}")
-
-
-def bench_kernels(args):
-    rows = (args.rows or "1,2,3,4,5,6").split(",")
-    if not set(rows) <= {*map(str, ROWS), "6"}:
-        raise ValueError(f"--rows {args.rows}: expected numbers from 1 to 6 with commas between, such as 1,4")
-    if not torch.cuda.is_available():
-        raise ValueError("kernels are timed on a GPU, and torch finds none (CUDA); python bench/compile.py "
-                         "shows what can be known without one")
-    if args.json:
-        open(args.json, "a").close()  # a file that cannot be written should not be found out after 8 minutes
-    warnings.filterwarnings("ignore")  # a backend that declines explains itself at length
-    device, dtype, start, records = torch.device("cuda"), torch.bfloat16, time.monotonic(), []
-    known = [limits for name, limits in LIMITS.items() if name in torch.cuda.get_device_name()]
-    limits = (known or [LIMITS["H200"]])[0]
-    top = header(limits, known)
-    print(top, flush=True)
-    for number in map(int, rows):
-        if number == 6:
-            records += run_bits(BITS, device, dtype)
-        else:
-            *_, shapes, quick = ROWS[number]
-            shapes = shapes[:quick] if args.quick else shapes
-            records += run_row(number, shapes, limits, device, dtype, start + 60 * args.minutes)
+    for number in args.rows:
+        title, build, shapes = ROWS[number]
+        print(f"\n{number}. {title}\n")
+        show("shape", "method", *PASSES, "peak MB", "")
+        show(*["---"] * 6)
+        for shape in shapes[:1] if args.quick else shapes:
+            if time.monotonic() > start + 60 * args.minutes:
+                show(" ".join(map(str, shape)), "not begun: the minutes are over")
+            else:
+                measured = measure_shape(build, shape, limit, device, dtype)
+                records += [dict(row=number) | record for record in measured]
         if args.json:
-            with open(args.json, "w") as file:
-                json.dump(dict(header=top, results=records), file, indent=1)
+            Path(args.json).write_text(json.dumps(dict(header=header, results=records), indent=1))
     print(f"\n{(time.monotonic() - start) / 60:.1f} minutes")
+
+
+def parse_args():
+    parser = flags.Parser("Speed of the kernels on a GPU, beside their alternatives.")
+    add = parser.add_argument
+    add("--rows", default=",".join(ROWS),
+        help="1, 2 attention, 3 decoding, 4 log-probs, 5 sampling")
+    add("--quick", action="store_true", help="one shape a row")
+    add("--minutes", type=flags.at_least(0, float), default=8,
+        help="begin no shape after this many minutes")
+    add("--json", metavar="FILE", help="write times (ms), errors and peaks (MB) here, too")
+    args = parser.parse_args()
+    rows = args.rows.split(",")
+    if not set(rows) <= ROWS.keys():
+        raise ValueError(f"--rows {args.rows}: expected numbers from 1 to 5 with commas between, "
+                         "such as 1,4")
+    args.rows = rows
+    return args
+
+
+if __name__ == "__main__":
+    sys.excepthook = flags.speak_once
+    args = parse_args()
+    if not torch.cuda.is_available():
+        raise ValueError("kernels are timed on a GPU, and torch finds none (CUDA); "
+                         "python bench/compile.py shows what can be known without one")
+    if args.json:
+        open(args.json, "a").close()  # better now than after 8 minutes
+    # A backend of SDPA that refuses a shape warns at length.
+    warnings.filterwarnings("ignore")
+    # Past its limit of recompilations torch.compile would silently run eagerly.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    run(args, torch.device("cuda"), torch.bfloat16)

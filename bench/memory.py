@@ -1,251 +1,337 @@
-"""Will it fit? The memory of a training step, counted before a weight is loaded.
+"""Will it fit? The memory of a training step, counted before any weight is loaded.
 
-    python train_rpt.py --plan --init FOLDER --gpus 8 --gpu-gb 80 ...    your flags; config.json is enough
-    python plan.py                                     the README's table: Qwen2.5 on 1 and on 8 GPUs
+    python bench/memory.py --init FOLDER --gpus 8 --gpu-gb 80 ...   config.json is enough
+    python bench/memory.py                                          a table of Qwen2.5 shapes
 
-A step has two peaks. They do not add up: the sampler's copy and cache are freed before the update.
+The other flags are those of train_rpt.py that matter. A step has two peaks, which do not add up,
+because the sampler's copy and cache are freed before the update:
 
-            sampling                                   update
-    both    fp32 weights and AdamW's moments, spread over the ranks
-    and     the whole weights as matrix products       gathered weights; what autograd keeps of the largest
-            read them; KV cache; a prefill, or the     micro-batch; gradients and buffers where they are most:
-            next token of every row                    at the log-probs, in a block, or at the embedding
+    both       fp32 weights and AdamW's moments, spread over the ranks
+    sampling   gathered weights; KV cache; buffers of a prefill, or of drawing tokens
+    update     gradients; packed tokens; gathered weights; what autograd keeps of the largest
+               micro-batch; buffers where they are largest: at the log-probs, in a block, or at the
+               embedding
 
-Each formula is read off the code, a term for each tensor; the tests hold them against counted allocations.
-Prompts and responses are as long as the flags allow. Not counted: CUDA context and graphs, NCCL, fragments in
-the allocator; a reserve of 6 % and 1 GB stands for them. Measured on a CPU only: what a GPU and FSDP2 hold is
-read off the code. GB are 10^9 bytes.
+The formulas have a term for each tensor; tests/test_memory.py compares them with allocations on a
+CPU. Not measured is what a GPU and FSDP2 hold. Prompts and rollouts are as long as the flags allow.
+A reserve of 6 % and 1 GB stands for CUDA context and graphs, NCCL, and fragments in the allocator.
+GB are 10^9 bytes.
 """
 import sys
-from pathlib import Path
 from argparse import Namespace
-from itertools import combinations
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import torch
 
 if __name__ == "__main__":  # the repository, not bench/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from plumbing.flags import speak_once
+import kernels
+from bench.common import QWEN
 from kernels import logprob
-from model import GPTConfig, read_config
+from model import read_config
+from plumbing import flags
 from sample import PREFILL_TOKENS, cache_size
+from train_rpt import check_prompts_fit
 
 RESERVE = 0.06, 1e9  # share of the memory, and bytes
-QWEN = {             # Qwen2.5: width, layers, heads, kv heads, width of the MLP, vocabulary, tied head
-    "0.5B": (896, 24, 14, 2, 4864, 151936, True),
-    "1.5B": (1536, 28, 12, 2, 8960, 151936, True),
-    "7B": (3584, 28, 28, 4, 18944, 152064, False),
-    "14B": (5120, 48, 40, 8, 13824, 152064, False),
-    "32B": (5120, 64, 40, 8, 27648, 152064, False)}
-
-
-def qwen(name):
-    D, layers, H, Hkv, F, V, tied = QWEN[name]
-    return GPTConfig(V, D, layers, H, Hkv, D // H, F, 32768, 1e6, 1e-6, tied, "qwen2")
+LARGE = replace(QWEN["1.5B"], vocab_size=152_064, tied_head=False)
+SHAPES = QWEN | {
+    "7B": replace(LARGE, width=3584, n_heads=28, n_kv_heads=4, ffn_width=18_944),
+    "14B": replace(LARGE, width=5120, n_layers=48, n_heads=40, n_kv_heads=8, ffn_width=13_824),
+    "32B": replace(LARGE, width=5120, n_layers=64, n_heads=40, n_kv_heads=8, ffn_width=27_648)}
 
 
 def count_parameters(config):
     """-> parameters of one block, and of the whole model."""
-    D, H, Hkv, K = config.width, config.n_heads, config.n_kv_heads, config.head_dim
-    block = 2 * D * K * (H + Hkv) + 3 * D * config.ffn_width + 2 * D
-    block += dict(llama=0, qwen2=K * (H + 2 * Hkv), qwen3=2 * K)[config.family]
-    return block, config.n_layers * block + D + config.vocab_size * D * (1 if config.tied_head else 2)
+    heads, kv_heads, head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+    block = config.width * (2 * head_dim * (heads + kv_heads) + 3 * config.ffn_width + 2)
+    if config.family == "qwen2":
+        block += head_dim * (heads + 2 * kv_heads)  # biases
+    if config.family == "qwen3":
+        block += 2 * head_dim                       # norms of q and k
+    ends = config.vocab_size * (1 if config.tied_head else 2) + 1
+    return block, config.n_layers * block + ends * config.width
 
 
 def state(config, args):
     """-> {what: bytes} that a rank holds all the time, and the bytes of its gradients."""
-    total, ranks = count_parameters(config)[1], args.ranks_per_copy or args.gpus
+    ranks = args.ranks_per_copy or args.gpus
     if args.gpus % ranks:
         raise ValueError(f"--ranks-per-copy {ranks} does not divide --gpus {args.gpus}")
-    moments, size = ("moments, bf16", 4) if args.bf16_moments else ("moments, fp32", 8)
-    return {"weights, fp32": 4 * total / ranks, moments: size * total / ranks}, 4 * total / ranks
+    fp32 = 4 * count_parameters(config)[1] / ranks
+    moments = {"moments, bf16": fp32} if args.bf16_moments else {"moments, fp32": 2 * fp32}
+    return {"weights, fp32": fp32} | moments, fp32
 
 
-def activation_bytes(args):
-    return 2 if args.device == "cuda" else 4
+def activation_size(args):
+    return flags.compute_dtype(args.device).itemsize
 
+
+def groups_of_a_rank(args):
+    return -(-args.batch_size // args.gpus)
+
+
+def lengths(config, args):
+    """-> tokens of the longest prompt and of the longest rollout, which a micro-batch must hold."""
+    prompt = min(args.max_prompt_tokens, config.max_positions - args.max_new_tokens)
+    if prompt < 1:
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt: the "
+                         f"model has {config.max_positions} positions")
+    check_prompts_fit(prompt, args)
+    return prompt, args.max_new_tokens
+
+
+# ---- update ----
+
+def largest_micro_batch(config, args):
+    """-> its groups, as make_layout takes them."""
+    prompt, longest = lengths(config, args)
+    waiting = groups_of_a_rank(args) * args.rollouts
+    left, groups = args.tokens_per_micro_batch, []
+    while left > prompt and waiting:
+        rollouts = [longest] * min(args.rollouts, waiting, -(-(left - prompt) // longest))
+        rollouts[-1] = min(longest, left - prompt - longest * (len(rollouts) - 1))
+        groups.append((prompt, rollouts))
+        left -= prompt + sum(rollouts)
+        waiting -= len(rollouts)
+    return groups
+
+
+def count_tokens(groups):
+    """-> tokens, and those of rollouts."""
+    rollouts = sum(sum(rollouts) for _, rollouts in groups)
+    return sum(prompt for prompt, _ in groups) + rollouts, rollouts
+
+
+def packed_bytes(config, args):
+    """Bytes of all micro-batches of a step, which are packed before the first is computed."""
+    prompt, rollout = lengths(config, args)
+    behind_a_prompt = (args.tokens_per_micro_batch - prompt) // rollout
+    prompts = groups_of_a_rank(args) * -(-args.rollouts // behind_a_prompt)
+    rollouts = groups_of_a_rank(args) * args.rollouts
+    # int64: tokens, positions, prompts or rollouts, unpack; and for rollouts rollout_rows and
+    # predict_rows. fp32: advantages, sampled and old log-probs.
+    return 4 * 8 * prompts * prompt + (6 * 8 + 3 * 4) * rollouts * rollout
+
+
+def attention_saved(config, groups, backend, size):
+    """Bytes that autograd keeps of `attention`, and of its result for the next product."""
+    heads, kv_heads = config.n_heads, config.n_kv_heads
+    tokens, _ = count_tokens(groups)
+    if backend != "torch":
+        q_k_v_out = 2 * (heads + kv_heads) * config.head_dim * tokens
+        return size * q_k_v_out + 4 * heads * tokens                # log-sum-exp
+    prompt = max(prompt for prompt, _ in groups)
+    rollout = max(max(rollouts) for _, rollouts in groups)
+    count = sum(len(rollouts) for _, rollouts in groups)
+    padded = len(groups) * prompt + count * rollout                 # tokens
+    q_out = heads * (2 * padded + tokens)                           # out also packed
+    k_v = 2 * kv_heads * (padded + count * prompt)                  # a prompt for each rollout
+    mask = count * rollout * (prompt + rollout)
+    return size * ((q_out + k_v) * config.head_dim + mask) + 4 * heads * padded
+
+
+def block_saved(config, groups, backend, size):
+    """Bytes that autograd keeps of one block."""
+    # A norm keeps its input and output, in torch the input in fp32 and the input over its norm; the
+    # outputs of Qwen3's norms are not kept. An MLP keeps gate, up, product, in torch silu(gate).
+    norm = size if backend == "bitwise" else size + 4
+    mlp = 3 * size if backend == "bitwise" else 4 * size
+    channels = 2 * (norm + size) * config.width + mlp * config.ffn_width
+    if config.family == "qwen3":
+        channels += norm * (config.n_heads + config.n_kv_heads) * config.head_dim
+    tokens, _ = count_tokens(groups)
+    return tokens * channels + attention_saved(config, groups, backend, size)
+
+
+def head_peak(config, rollout_tokens, args, size):
+    """Bytes of the log-probs at the peak of their backward pass."""
+    vocab, width = config.vocab_size, config.width
+    d_weight = 4 * vocab * width
+    if args.kernels == "torch":
+        # Four tensors like a chunk's logits, or one and d weight; d weights of chunks are summed.
+        chunk = 4 * vocab * min(rollout_tokens, max(1, logprob.CHUNK_LOGITS // vocab))
+        if chunk == 4 * vocab * rollout_tokens:
+            return max(4 * chunk, chunk + d_weight)
+        return max(4 * chunk, chunk + 2 * d_weight) + d_weight
+    chunk = min(vocab, logprob.CHUNK)
+    buffers = size * rollout_tokens * chunk + 4 * chunk * width  # d logits, d weight of a chunk
+    buffers += (4 + size) * rollout_tokens * width               # d hidden, and its cast
+    return buffers + (d_weight if args.gpus == 1 else size * vocab * width)
+
+
+def update(config, args):
+    """-> {what: bytes} on one rank at the peak of the update, after the first micro-batch."""
+    size, width, again = activation_size(args), config.width, args.checkpoint_activations
+    parts, gradients = state(config, args)
+    block, total = count_parameters(config)
+    groups = largest_micro_batch(config, args)
+    tokens, rollout_tokens = count_tokens(groups)
+
+    # Kept are every block, the last norm, the rows that the head reads, and rotary angles.
+    saved = block_saved(config, groups, args.kernels, size)
+    kept = config.n_layers * (size * tokens * width if again else saved)
+    kept += (4 + size) * tokens * width + size * rollout_tokens * width
+    kept += 4 * (tokens + config.max_positions) * config.head_dim
+    # In a block: d residual, d norm, d gate, d up; bitwise: swiglu's product; what is recomputed.
+    in_mlp = 3 if args.kernels == "bitwise" else 2
+    in_block = size * tokens * (2 * width + in_mlp * config.ffn_width) + (saved if again else 0)
+
+    # Weights and gradients that are not there all the time.
+    head = config.vocab_size * width                                # parameters
+    ends = total - config.n_layers * block                          # embedding, last norm, head
+    if args.gpus == 1:
+        # Autograd keeps the bf16 casts of fp32 weights; d head is kept until d embedding is added.
+        gathered = 0 if size == 4 else size * block * (1 if again else config.n_layers)
+        in_block += 4 * head if config.tied_head else 0
+        at_embedding = 4 * head * (3 if config.tied_head else 1)
+    else:
+        # FSDP2: gradients of a block, of two in fp32 that are being sent, one block gathered ahead.
+        gathered = size * (2 * block + ends if args.reshard else total)
+        in_block += size * head + (2 * size + 8) * block
+        at_embedding = (size + 4) * ends + size * head * (3 if config.tied_head else 2)
+    if args.bf16_moments:  # AdamW16 unpacks one parameter at a time: 20 bytes for each element
+        at_embedding = max(at_embedding, 5 * gradients * head / total)
+
+    log_probs = head_peak(config, rollout_tokens, args, size)
+    moments = {"the log-probs": (gathered, kept, log_probs),
+               "the last block": (gathered, kept, in_block),
+               "the embedding": (0, 0, at_embedding)}
+    where = max(moments, key=lambda where: sum(moments[where]))
+    names = "gathered weights", f"activations of {tokens:,} tokens", f"buffers at {where}"
+    packed = {"gradients": gradients, "packed tokens": packed_bytes(config, args)}
+    return parts | packed | dict(zip(names, moments[where]))
+
+
+# ---- sampling ----
+
+def sampling(config, args):
+    """-> {what: bytes} on one rank at its peak, rows of the KV cache (0: not one rollout fits)."""
+    size, vocab = activation_size(args), config.vocab_size
+    prompt, rollout = lengths(config, args)
+    parts, _ = state(config, args)
+    is_copied = args.gpus > 1 or size < 4
+    parts["gathered weights"] = size * count_parameters(config)[1] if is_copied else 0
+
+    # The cache may take half of what is free. The last token of a rollout is never cached.
+    cached = max(1, rollout - 1)
+    token = 2 * config.n_layers * config.n_kv_heads * config.head_dim * size
+    budget = args.gpu_gb * 1e9 / 2
+    if args.device == "cuda":
+        budget -= (sum(parts.values()) + reserve(args)) / 2
+    if args.kv_gb is not None:
+        budget = args.kv_gb * 1e9
+    count, rows, slots = groups_of_a_rank(args), 0, 0
+    if (prompt + cached) * token <= budget:
+        rows, slots = cache_size(count, args.rollouts, prompt, cached, token, args.max_rows, budget)
+    cache = (slots * prompt + rows * cached) * token
+
+    # Buffers hold gate, up and their product in a prefill, or what drawing a token for a row takes.
+    prefilled = prompt * min(slots, max(1, PREFILL_TOKENS // prompt))
+    prefill = 3 * size * (config.ffn_width + config.width) * prefilled
+    draw = 20 * vocab // logprob.SPLIT
+    if args.kernels == "torch":
+        draw = max(28 * vocab, 16 * config.n_heads * (prompt + cached))  # logits, or scores
+    parts[f"KV cache, {rows} of {count * args.rollouts} rows"] = cache
+    parts["buffers of the sampler"] = max(prefill, rows * draw)
+    return parts, rows
+
+
+# ---- does it fit? ----
 
 def reserve(args):
     return RESERVE[0] * args.gpu_gb * 1e9 + RESERVE[1]
 
 
-def lengths(config, args):
-    """-> P, R: the longest prompt and response that train_rpt.py lets pass."""
-    R = args.max_new_tokens
-    P = min(args.max_prompt_tokens, config.max_positions - R, args.tokens_per_micro_batch - R)
-    if P < 1:
-        raise ValueError(f"--max-new-tokens {R} leaves no room for a prompt: the model has "
-                         f"{config.max_positions} positions, --tokens-per-micro-batch is "
-                         f"{args.tokens_per_micro_batch}")
-    return P, R
-
-
-def micro_batch(config, args):
-    """-> the largest micro-batch as groups for make_layout, and whether there are others."""
-    (P, R), groups = lengths(config, args), []
-    left, waiting = args.tokens_per_micro_batch, -(-args.batch_size // args.gpus) * args.rollouts
-    while left > P and waiting:
-        rollouts = [R] * min(args.rollouts, waiting, -(-(left - P) // R))
-        rollouts[-1] = min(R, left - P - R * (len(rollouts) - 1))
-        groups.append((P, rollouts))
-        left, waiting = left - P - sum(rollouts), waiting - len(rollouts)
-    return groups, waiting > 0
-
-
-# ---- update. c: bytes of an activation, T: rows, S of them responses ---------------------------------------
-def attention_saved(config, groups, kind, c):
-    """Bytes autograd keeps of `attention` and its result, which the next product reads."""
-    H, Hkv, K = config.n_heads, config.n_kv_heads, config.head_dim
-    T = sum(P + sum(rollouts) for P, rollouts in groups)
-    if kind != "torch":  # q, k, v, out; log-sum-exp
-        return c * T * K * 2 * (H + Hkv) + 4 * T * H
-    N, M, P = len(groups), sum(len(rollouts) for _, rollouts in groups), max(P for P, _ in groups)
-    R = max((length for _, rollouts in groups for length in rollouts), default=0)
-    padded = 2 * H * (N * P + M * R) + 2 * Hkv * (N * P + M * (P + R))       # q, out; k, v, with the prompt's
-    return c * K * (padded + T * H) + c * M * R * (P + R) + 4 * H * (N * P + M * R)      # mask; log-sum-exp
-
-
-def block_saved(config, groups, kind, c):
-    """Bytes autograd keeps of one block. RMSNorm in torch: input in fp32, input over its norm, output; the
-    kernel: input, output. SwiGLU: gate, up, their product, in torch silu(gate)."""
-    T, bitwise = sum(P + sum(rollouts) for P, rollouts in groups), kind == "bitwise"
-    norms = 2 * T * config.width * (2 * c if bitwise else 2 * c + 4) + (0 if bitwise else 8 * T)
-    if config.family == "qwen3":  # of q and k; nobody keeps the outputs
-        heads = T * (config.n_heads + config.n_kv_heads)
-        norms += heads * config.head_dim * (c if bitwise else c + 4) + (0 if bitwise else 4 * heads)
-    mlp = (3 if bitwise else 4) * c * T * config.ffn_width
-    return norms + attention_saved(config, groups, kind, c) + mlp
-
-
-def head_backward(config, S, args, c):
-    """Log-probs of S rows -> bytes at the peak of their backward."""
-    V, D = config.vocab_size, config.width
-    weight = 4 * V * D
-    if args.kernels == "torch":
-        chunk = 4 * V * min(S, max(1, logprob.CHUNK_LOGITS // V))
-        more = 4 * S * V > chunk                       # chunks, whose gradients of the weights add up
-        return max((5 if args.entropy_coef else 4) * chunk + more * weight, chunk + (1 + more) * weight,
-                   more * (chunk + 3 * weight))
-    chunk = min(V, logprob.CHUNK)
-    backward = c * S * chunk + 4 * chunk * D + (4 + c) * S * D + (weight if args.gpus == 1 else c * V * D)
-    return max(backward, 16 * S * V // logprob.SPLIT + c * V * D)      # forward: splits, cast weights
-
-
-def update(config, args):
-    """-> {what: bytes} on one rank at the peak of the update."""
-    (block, total), V, D, L = count_parameters(config), config.vocab_size, config.width, config.n_layers
-    c, kind, again = activation_bytes(args), args.kernels, args.checkpoint_activations
-    (parts, gradients), (groups, several) = state(config, args), micro_batch(config, args)
-    S = sum(sum(rollouts) for _, rollouts in groups)
-    T, root = S + sum(P for P, _ in groups), total - L * block
-    log_probs = head_backward(config, S, args, c)
-    saved = block_saved(config, groups, kind, c)
-    kept = L * (c * T * D if again else saved) + (4 + c) * T * D + c * S * D           # blocks, norm, head
-    kept += 4 * (T + config.max_positions) * config.head_dim                             # rotary angles
-    in_block = c * T * (2 * D + (3 if kind == "bitwise" else 2) * config.ffn_width) + (saved if again else 0)
-    if args.gpus == 1:    # autograd keeps what the fp32 weights of matrix products were cast to
-        gathered, last, at_end = (0, 0, 0) if c == 4 else (c * block * (1 if again else L), c * block, 0)
-        d_head = 0 if several and not config.tied_head else 4 * V * D
-        d_ends = 4 * V * D * (3 if config.tied_head else 1)
-    else:                 # FSDP2: gradients of a block, of two in fp32 on their way, one gathered ahead
-        last = c * (2 * block + root)
-        gathered, at_end = last if args.reshard else c * total, c * root
-        d_head, d_ends = c * V * D, c * V * D * (3 if config.tied_head else 2) + 4 * root
-        in_block += (2 * c + 8) * block
-    before = gradients if several else 0
-    adamw16 = 5 * V * D * gradients / total if args.bf16_moments else 0   # moments, random bits: 20 bytes
-    moments = {  # gradients, gathered, activations, buffers
-        "the log-probs": (before, gathered, kept, log_probs),
-        "the last block": (before, gathered, kept, d_head + in_block),
-        "the first block": (gradients, last, 0 if again else saved, d_head + in_block),
-        "the embedding": (gradients, at_end, 0, max(d_ends, adamw16))}
-    where = max(moments, key=lambda where: sum(moments[where]))
-    names = "gradients", "gathered weights", f"activations of {T:,} tokens", f"buffers at {where}"
-    return parts | dict(zip(names, moments[where]))
-
-
-# ---- sampling ----------------------------------------------------------------------------------------------
-def sampling(config, args):
-    """-> {what: bytes} on one rank at the peak of sampling, rows of the KV cache (0: no rollout has room)."""
-    c, V, D, F = activation_bytes(args), config.vocab_size, config.width, config.ffn_width
-    (parts, _), (P, R), N = state(config, args), lengths(config, args), -(-args.batch_size // args.gpus)
-    parts["gathered weights"] = c * count_parameters(config)[1] if args.gpus > 1 or c < 4 else 0
-    R, token = max(1, R - 1), 2 * config.n_layers * config.n_kv_heads * config.head_dim * c
-    free = args.gpu_gb * 1e9 - (sum(parts.values()) + reserve(args) if args.device == "cuda" else 0)
-    budget, rows, slots = free / 2 if args.kv_gb is None else args.kv_gb * 1e9, 0, 0
-    if (P + R) * token <= budget:
-        rows, slots = cache_size(N, args.rollouts, P, R, token, args.max_rows, budget)
-    T = P * min(slots, max(1, PREFILL_TOKENS // P))
-    draw = max(28 * V, 16 * config.n_heads * (P + R)) if args.kernels == "torch" else 20 * V // logprob.SPLIT
-    return parts | {f"KV cache, {rows} of {N * args.rollouts} rows": (slots * P + rows * R) * token,
-                    "buffers of the sampler": max(3 * c * T * (F + D), rows * draw)}, rows
-
-
-# ---- does it fit? ------------------------------------------------------------------------------------------
 def fits(config, args):
-    """-> is there room, {what: bytes} while sampling, {what: bytes} in the update; the reserve is in both."""
+    """-> whether it fits, {what: bytes} while sampling, {what: bytes} in the update."""
     spare = dict(reserve=reserve(args))
-    (sampler, rows), trainer = sampling(config, args), update(config, args)
-    peaks = sampler | spare, trainer | spare
+    sampler, rows = sampling(config, args)
+    peaks = sampler | spare, update(config, args) | spare
     return rows > 0 and all(sum(peak.values()) <= args.gpu_gb * 1e9 for peak in peaks), *peaks
 
 
 def leanest(config, args):
-    """-> the fewest flags besides those of args with which it fits, {name: value}; None: no flags help."""
-    flags = dict(checkpoint_activations=True, reshard=args.gpus > 1, bf16_moments=True,
-                 tokens_per_micro_batch=sum(lengths(config, args)))
-    flags = {name: value for name, value in flags.items() if value != getattr(args, name)}
-    for n in range(len(flags) + 1):
-        for names in combinations(flags, n):
-            chosen = {name: flags[name] for name in names}
-            if fits(config, Namespace(**vars(args) | chosen))[0]:
-                return chosen
+    """-> {name: value}: flags added in this order until it fits; None: all of them do not help."""
+    ladder = dict(checkpoint_activations=True, reshard=args.gpus > 1, bf16_moments=True,
+                  tokens_per_micro_batch=sum(lengths(config, args)))
+    missing = [(name, value) for name, value in ladder.items() if value != getattr(args, name)]
+    for n in range(len(missing) + 1):
+        added = dict(missing[:n])
+        if fits(config, Namespace(**vars(args) | added))[0]:
+            return added
+    return None
 
 
-def advice(config, args):
-    """Which flags, and if need be how many GPUs, make it fit."""
-    if args.kv_gb is not None and not sampling(config, args)[1]:
-        return f"--kv-gb {args.kv_gb:g} has no room for one prompt with its response"
-    for gpus in (args.gpus * 2 ** n for n in range(8)):
-        flags = leanest(config, Namespace(**vars(args) | dict(gpus=gpus)))
-        if flags is not None:
-            flags |= dict(gpus=gpus) if gpus > args.gpus else {}
-            return "with " + " ".join(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
-                                      for name, value in flags.items()) + " it does"
-    return "larger GPUs, a smaller model or fewer --max-new-tokens could"
-
-
-def report(args):
-    """Print the plan of train_rpt.py --plan."""
-    config = read_config(args.init)
+def print_plan(config, args):
     fit, *peaks = fits(config, args)
-    print(f"{args.init}: {count_parameters(config)[1] / 1e9:.3g} B parameters, --gpus {args.gpus} --gpu-gb "
-          f"{args.gpu_gb:g} --device {args.device} --kernels {args.kernels}")
-    P, R = lengths(config, args)
-    cut = P < min(args.max_prompt_tokens, config.max_positions - R)
-    print(f"prompts of {P:,} tokens, responses of {R:,}" + cut * (
-        f"; a longer prompt would be refused: --tokens-per-micro-batch is {args.tokens_per_micro_batch:,}"))
-    print(f"{'GB (10^9 bytes) each':32}    sampling      update")
+    prompt, rollout = lengths(config, args)
+    print(f"{args.init}: {count_parameters(config)[1] / 1e9:.3g} B parameters, --gpus {args.gpus} "
+          f"--gpu-gb {args.gpu_gb:g} --device {args.device} --kernels {args.kernels}\n"
+          f"prompts of {prompt:,} tokens, rollouts of {rollout:,}\n"
+          f"{'GB (10^9 bytes) each':32}    sampling      update")
     for name in sorted(peaks[0] | peaks[1], key="reserve".__eq__):
-        print(f"{name:32}" + "".join(f"{peak[name] / 1e9:12.2f}" if name in peak else f"{'-':>12}"
-                                     for peak in peaks))
-    print(f"{'peak':32}" + "".join(f"{sum(peak.values()) / 1e9:12.2f}" for peak in peaks))
-    print("it fits" if fit else f"it does not fit; {advice(config, args)}")
+        cells = [f"{peak[name] / 1e9:.2f}" if name in peak else "-" for peak in peaks]
+        print(f"{name:32}{cells[0]:>12}{cells[1]:>12}")
+    cells = [f"{sum(peak.values()) / 1e9:.2f}" for peak in peaks]
+    print(f"{'peak':32}{cells[0]:>12}{cells[1]:>12}")
+    added = leanest(config, args)
+    if fit:
+        print("it fits")
+    elif added:
+        words = [f"--{name.replace('_', '-')} {'' if value is True else value}".strip()
+                 for name, value in added.items()]
+        print(f"it does not fit; with {' '.join(words)} it does")
+    else:
+        print("it does not fit; larger or more GPUs, fewer --max-new-tokens, another --kv-gb could")
+
+
+def print_table(args):
+    """Both peaks, with a letter for each flag that is needed; docs/memory.md explains them."""
+    letters = dict(checkpoint_activations="c", reshard="r", bf16_moments="m",
+                   tokens_per_micro_batch="t")
+    print("| Qwen2.5 | GPUs | 24 GB | 80 GB | 141 GB |\n|---|---|---|---|---|")
+    for (name, config), gpus in product(SHAPES.items(), (1, 8)):
+        cells = [name, str(gpus)]
+        for gb in (24, 80, 141):
+            here = Namespace(**vars(args) | dict(gpus=gpus, gpu_gb=gb))
+            added = leanest(config, here)
+            if added is None:
+                cells.append("no")
+                continue
+            _, *peaks = fits(config, Namespace(**vars(here) | added))
+            sizes = " / ".join(f"{sum(peak.values()) / 1e9:.0f}" for peak in peaks)
+            cells.append(f"{sizes} {''.join(letters[flag] for flag in added)}".strip())
+        print(f"| {' | '.join(cells)} |")
+
+
+def parse_args(words=None):
+    parser = flags.Parser("Count the memory of a training step.")
+    add, at_least = parser.add_argument, flags.at_least
+    add("--init", help="checkpoint folder; default: the table of Qwen2.5 shapes")
+    add("--gpus", type=at_least(1), default=8, help="GPUs (with --device cpu: processes)")
+    add("--gpu-gb", type=at_least(1, float), default=80, help="memory of each, 10^9 bytes")
+    add("--device", default="cuda", choices=["cpu", "cuda"])
+    add("--kernels", default=kernels.requested, help="default: bitwise on a GPU, torch on a CPU")
+    # as in train_rpt.py
+    add("--batch-size", type=at_least(1), default=256, help="positions in a batch, over all ranks")
+    add("--rollouts", type=at_least(2), default=8, metavar="G", help="thoughts about each position")
+    add("--max-prompt-tokens", type=at_least(1), default=4096, help="of the longest prompt")
+    add("--max-new-tokens", type=at_least(1), default=8192, help="tokens of a rollout")
+    flags.add_cache_flags(add)
+    flags.add_update_flags(add)
+    args = parser.parse_args(words)
+    kernels.set_backend(args.kernels)
+    args.kernels = kernels.backend(torch.device(args.device))
+    return args
 
 
 if __name__ == "__main__":
-    sys.excepthook = speak_once
-    from train_rpt import parse_args
-    letters = dict(checkpoint_activations="c", reshard="r", bf16_moments="m", tokens_per_micro_batch="t")
-    print("| Qwen2.5 | GPUs | 24 GB | 80 GB | 141 GB |\n|---|---|---|---|---|")
-    for name in QWEN:
-        for gpus in (1, 8):
-            cells = []
-            for gb in (24, 80, 141):
-                args = parse_args(f"--plan --init . --device cuda --gpus {gpus} --gpu-gb {gb}".split())
-                flags = leanest(qwen(name), args)
-                if flags is None:
-                    cells.append("no")
-                    continue
-                _, *peaks = fits(qwen(name), Namespace(**vars(args) | flags))
-                sizes = " / ".join(f"{sum(peak.values()) / 1e9:.0f}" for peak in peaks)
-                cells.append(f"{sizes} {''.join(letters[flag] for flag in flags)}".strip())
-            print(f"| {name} | {gpus} | {' | '.join(cells)} |")
+    sys.excepthook = flags.speak_once
+    args = parse_args()
+    if args.init:
+        print_plan(read_config(args.init), args)
+    else:
+        print_table(args)

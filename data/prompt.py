@@ -1,79 +1,97 @@
-"""Prompts: template ids + the context's own token ids + template suffix ids.
+"""Prompts: ids of a template around the ids of a context, or of a question in words.
 
-The context is never decoded and tokenised again: its last token would change where the text is cut inside a
-word. v0 to v6 follow the structures of the paper's appendix D, in our own words; the paper trains with v0,
-and reports that fences and a list of candidates (v6) start best. "short" is for a model that has met the
-strings of train_ntp.py: the context, then <think>.
+The context is never decoded and tokenised again: a position may lie inside a word, where the
+tokenizer would cut the text in another way. v0 to v6 have the structures of the paper's appendix D
+in words of our own; the paper trains with v0, and reports that fences and a list of candidates (v6)
+start best. "short" is the context and <think>, for a model trained on strings by train_ntp.py.
 """
-SPACE = (r"The continuation may begin with a space, for example \boxed{ para} or \boxed{ =}. "
+FIND = "Think step by step to find the most probable next token, then give it as your final "
+TASK = "Continue the text under ### Context by predicting its next token. "
+ANSWER = TASK + FIND + r"answer in \boxed{}."
+SPACE = (r" The continuation may begin with a space, for example \boxed{ para} or \boxed{ =}. "
          r"Do not use \text{}.")
 CONTEXT = "\n\n### Context\n"
 FENCED = CONTEXT + "```\n"
 
 # name: (before the context, after it)
 TEMPLATES = {
-    "v0": ("Continue the text under ### Context by predicting its next token. Think step by step to find the "
-           r"most probable next token, then give it as your final answer in \boxed{}. " + SPACE + CONTEXT,
-           ""),
-    "v1": ("Continue the text under ### Context by predicting its next token. Think step by step to find the "
-           r"most probable next token, then give it as your final prediction in \\boxed{}. " + SPACE + FENCED,
-           "\n```"),
-    "v2": ("You are a helpful assistant who is good at predicting the next token of a text. Continue the "
-           "text under ### Context. Think step by step to find the most probable next token, then give it as "
-           r"your final prediction in \\boxed{}. " + SPACE + FENCED,
-           "\n```"),
-    "v3": ("Continue the text under ### Context by predicting its next token. Think step by step: list "
-           r"several candidate tokens, then choose the most probable one and give it in \boxed{}. "
-           + SPACE + FENCED,
-           "\n```"),
-    "v4": ("Continue the text under ### Context by predicting its next token. Think step by step to find the "
-           r"most probable next token, then give it as your final answer in \boxed{}."
-           + FENCED + "We are asked to show\n```\n" r"\boxed{ that}"
+    "v0": (ANSWER + SPACE + CONTEXT, ""),
+    "v1": (TASK + FIND + r"prediction in \\boxed{}." + SPACE + FENCED, "\n```"),
+    "v2": ("You are a helpful assistant who is good at predicting the next token of a text. "
+           "Continue the text under ### Context. " + FIND + r"prediction in \\boxed{}."
+           + SPACE + FENCED, "\n```"),
+    "v3": (TASK + "Think step by step: list several candidate tokens, then choose the most "
+           r"probable one and give it in \boxed{}." + SPACE + FENCED, "\n```"),
+    "v4": (ANSWER + FENCED + "We are asked to show\n```\n" r"\boxed{ that}"
            + FENCED + "Therefore 3 + 4 =\n```\n" r"\boxed{ 7}"
-           + FENCED + "The cases are\n```\n" r"\boxed{:\n}" + FENCED,
-           "\n```"),
-    "v5": ("Continue the text under ### Context by predicting its next token. Think step by step to find the "
-           r"most probable next token, then give it as your final answer in \boxed{}. " + SPACE + FENCED,
-           "\n```"),
+           + FENCED + "The cases are\n```\n" r"\boxed{:\n}" + FENCED, "\n```"),
+    "v5": (ANSWER + SPACE + FENCED, "\n```"),
     "v6": ("Below is the beginning of a text. Which token comes next?\n```\n",
-           "\n```\nList several tokens that could follow, weigh them step by step, and put the most probable "
-           r"one in \boxed{}. " + SPACE + " Predict the next token now."),
+           "\n```\nList several tokens that could follow, weigh them step by step, and put the "
+           r"most probable one in \boxed{}." + SPACE + " Predict the next token now."),
     "short": ("", ""),
 }
+QUESTION_TEMPLATES = ("chat", "short")
+SOLVE = "\n\nReason step by step and put the final answer in \\boxed{}."
 
-# Chat turns around the instruction, by the special token that shows which convention a tokenizer follows.
+# Special token that shows which chat format a tokenizer follows: (user's turn, assistant's turn).
 CHAT = {
-    "<｜User｜>": ("<｜begin▁of▁sentence｜><｜User｜>", "<｜Assistant｜>"),                        # R1-Distill
-    "<|start_header_id|>": ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
-                            "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),    # Llama 3
-    "<|im_start|>": ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),             # Qwen, SmolLM2
+    "<｜User｜>": ("<｜begin▁of▁sentence｜><｜User｜>", "<｜Assistant｜>"),  # R1-Distill
+    "<|start_header_id|>": (  # Llama 3
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
+    "<|im_start|>": ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),  # Qwen, SmolLM2
 }
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
 
 
 def template_ids(tokenizer, template):
-    """Name of a template -> (ids before the context, ids after it). The last ids open the thought."""
+    """Name of a template -> ids before the context, ids after it; the latter open the thought."""
     if template not in TEMPLATES:
         raise ValueError(f"unknown template {template!r}; there are {', '.join(TEMPLATES)}")
-    before, after = TEMPLATES[template]
+    return encode_turns(tokenizer, *TEMPLATES[template], template)
+
+
+def encode_turns(tokenizer, before, after, template):
+    """Texts around a context -> their ids, in chat turns (unless "short"), with an open thought."""
     if template == "short":
-        after = "<think>"
+        after += "<think>"
     else:
-        turns = (turn for token, turn in CHAT.items() if token in tokenizer.special)
-        user, assistant = next(turns, ("", "\n\n"))
-        before, after = user + before, after + assistant + "<think>\n"
+        formats = [turns for token, turns in CHAT.items() if token in tokenizer.special]
+        user, assistant = formats[0] if formats else ("", "\n\n")
+        before = user + before
+        after += assistant + "<think>\n"
     return tokenizer.encode(before, special=True), tokenizer.encode(after, special=True)
 
 
-def build_prompt(context, before, after, room):
-    """context ids -> prompt ids of at most `room` tokens; a longer context loses its beginning."""
-    keep = room - len(before) - len(after)
+def build_prompt(context, before, after, longest):
+    """context ids -> prompt ids, `longest` at most; a longer context loses its beginning."""
+    keep = longest - len(before) - len(after)
     if keep < 1:
-        raise ValueError(f"the template takes {len(before) + len(after)} tokens, the prompt may have {room}: "
-                         "no room for context; use a shorter template, fewer new tokens or more positions")
+        raise ValueError(f"the template takes {longest - keep} tokens, the prompt may have "
+                         f"{longest}: no room for context; use a shorter template, fewer new "
+                         "tokens or more positions")
     return before + list(context[-keep:]) + after
 
 
+def question_prompt(tokenizer, text, template="chat"):
+    """A question in words -> prompt ids that end with an open thought; template: chat or short."""
+    before, after = encode_turns(tokenizer, "", "", template)
+    return before + tokenizer.encode(text) + after
+
+
+def solve_prompt(tokenizer, question, template="chat"):
+    """As question_prompt; in chat turns it also asks to reason and to box the answer."""
+    return question_prompt(tokenizer, question + (SOLVE if template == "chat" else ""), template)
+
+
+def check_question_template(template):
+    if template not in QUESTION_TEMPLATES:
+        raise ValueError(f"--template {template}: questions are asked with "
+                         f"{' or '.join(QUESTION_TEMPLATES)}")
+
+
 def stop_ids(tokenizer):
-    """Ids that end a response: the end of the text or of the chat turn."""
-    return sorted({tokenizer.eos_id} | {tokenizer.special[t] for t in TURN_ENDS if t in tokenizer.special})
+    """Ids that end a rollout: the end of the text or of the chat turn."""
+    ends = {tokenizer.special[text] for text in TURN_ENDS if text in tokenizer.special}
+    return sorted(ends | {tokenizer.eos_id})

@@ -1,9 +1,10 @@
-"""Triton's CPU interpreter, made to round like a GPU. In force whenever TRITON_INTERPRET=1 is set.
+"""Triton's CPU interpreter, made to round like a GPU; applied whenever TRITON_INTERPRET=1 is set.
 
-The interpreter keeps bf16 as 16-bit integers and computes on the bit patterns: every bf16 dot, sum or product
-is silently wrong, and its cast from fp32 cuts where a GPU rounds to nearest even. Its dot is a BLAS call, in
-which a row's last bit depends on where in the tile the row stands; a tensor core treats all rows alike.
-`repair` puts both right: bf16 is computed in fp32 and rounded once, and so is a dot, in fp64.
+The interpreter keeps bf16 as 16-bit integers and computes on the bit patterns: every bf16 dot, sum
+or product is silently wrong, and the cast from fp32 truncates where a GPU rounds to nearest even.
+Its dot is a BLAS call, in which a row's last bit depends on the place of the row in the tile; a
+tensor core treats all rows alike. `repair` mends both: bf16 is computed in fp32 and rounded once, a
+dot in fp64 and rounded once.
 """
 import numpy as np
 import triton.language as tl
@@ -14,7 +15,8 @@ Handle, Builder = interpreter.TensorHandle, interpreter.InterpreterBuilder
 
 def to_float(bits):
     """bf16 bit patterns -> fp32, exactly."""
-    return (np.ascontiguousarray(bits).astype(np.uint32) << 16).view(np.float32).reshape(np.shape(bits))
+    raised = np.ascontiguousarray(bits).astype(np.uint32) << 16
+    return raised.view(np.float32).reshape(np.shape(bits))
 
 
 def to_bits(x):
@@ -34,8 +36,8 @@ def as_fp32(handle):
 
 
 def repair():
-    """Replace the methods that compute, in this process."""
-    if getattr(Builder, "repaired", False):  # twice would wrap them twice
+    """Replace the interpreter's methods that compute; once, or they would wrap themselves."""
+    if getattr(Builder, "repaired", False):
         return
     Builder.repaired = True
     binary, unary, fma = Builder.binary_op, Builder.unary_op, Builder.create_fma

@@ -1,21 +1,21 @@
-"""Log-probability and entropy of given tokens, and sampling, from hidden states, without the logits.
+"""Log-probs and entropy of given tokens, and sampling, from hidden states, without the logits.
 
-At N = 16,384 rows, D = 1,536 and V = 151,936 the logits are 10 GB in fp32, softmax and gradient as much
-again. Yet a row needs only its maximum m, s = sum e^(x - m), and one logit. So logits live in registers, a
-tile at a time, and the backward computes them again:
+At N = 16,384 rows, D = 1,536 and V = 151,936 the logits are 10 GB in fp32, and softmax and gradient
+as much again each. Yet a row needs only its maximum m, s = sum e^(x - m), and one logit. So logits
+live in registers, a tile at a time, and the backward pass computes them again:
 
-                     weight.T (D, V)
-                split 0    split 1   ...             scan      a program keeps BM rows and walks one split of
-              +----------+----------+----+                     the vocabulary, BM x BN logits at a time; it
-    hidden BM |[BN]>>>>>>|[BN]>>>>>>|    |                     leaves four or five numbers a row
-    (N, D) BM |[BN]>>>>>>|[BN]>>>>>>|    |           combine   a program a row: its splits in a fixed order
-              +----------+----------+----+           backward  d logits of CHUNK tokens (268 MB in bf16), then
-                                                               two library products: dW[chunk] is complete,
-                                                               dH adds up in fp32
+                     weight.T (D, V)          scan      a program holds BM rows and walks one split
+                split 0    split 1   ...                of the vocabulary, BM x BN logits at a time;
+              +----------+----------+----+              it leaves four or five numbers a row
+    hidden BM |[BN]>>>>>>|[BN]>>>>>>|    |    combine   one program a row reduces its splits
+    (N, D) BM |[BN]>>>>>>|[BN]>>>>>>|    |    backward  d logits of CHUNK tokens (268 MB in bf16),
+              +----------+----------+----+              then two library products: dW[chunk] is
+                                                        complete, dH adds up in fp32
 
-A split is SPLIT tokens long however many rows or processors there are: a row's bits depend on nothing else.
-Sampling is the same scan: the token drawn is the argmax of logit + Gumbel noise, its log-prob falls out.
-Chunks of the vocabulary, not of rows: chunks of rows would each read and write all 0.9 GB of an fp32 dW.
+A split is SPLIT tokens long however many rows or processors there are, so that a row's bits do not
+depend on them. Sampling is the same scan: the token drawn is the argmax of logit + Gumbel noise,
+and its log-prob comes with it. The backward pass cuts the vocabulary into chunks, not the rows,
+because every chunk of rows would read and write all 0.9 GB of an fp32 dW.
 """
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -23,40 +23,44 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 from kernels import tl, triton
 
-CHUNK_LOGITS = 2**26  # reference: logits alive at a time, 256 MB in fp32
+CHUNK_LOGITS = 2**26  # torch backend: logits alive at a time, 256 MB in fp32
 
-# Block sizes; bench/compile.py checks them. In the bitwise kind they are part of the result.
-SPLIT = 1024          # tokens of the vocabulary a program walks: 149 splits of 151,936, for 132 processors
+# Block sizes; bench/compile.py checks them. In the bitwise backend they are part of the result.
+SPLIT = 1024          # tokens of the vocabulary that a program walks: 149 splits of 151,936
 CHUNK = 8192          # tokens whose d logits are in memory at a time
 BN = 128              # 256 would spill registers once noise or gradient joins the tile
 BK = {torch.bfloat16: 64, torch.float32: 32}  # 128 bytes, a line of memory
-WARPS = {64: 4, 128: 8}  # BM: warps. Four warps to 64 rows in both, so both sum a row in the same order
+WARPS = {64: 4, 128: 8}  # BM: warps; 4 per 64 rows in both, so both sum a row in the same order
 STAGES = 4            # tiles on their way from memory: 131 KB of the 227 KB that a program may have
-FEW_ROWS = 128        # up to here BM = 64: smaller programs, two on a processor
+FEW_ROWS = 128        # up to this many BM = 64: smaller programs, two on a processor
 GROUP = 8             # backward: row tiles that use a tile of weights while it is in L2
 
 
-# ---- references --------------------------------------------------------------------------------------------
-def logprob_reference(hidden, weight, targets, temperature=1.0):
-    """Rows a chunk at a time; a chunk's logits are computed a second time in the backward."""
+# ---- torch ----
+
+def logprob_torch(hidden, weight, targets, temperature=1.0):
+    """Rows a chunk at a time; the backward pass computes the logits of a chunk a second time."""
     size = max(1, CHUNK_LOGITS // weight.shape[0])
-    chunks = [
-        checkpoint(logprob_of_chunk, h, weight, t, temperature, use_reentrant=False, preserve_rng_state=False)
-        for h, t in zip(hidden.split(size), targets.split(size))]
-    logprobs, entropy = zip(*chunks)
+    logprobs, entropy = [], []
+    for h, t in zip(hidden.split(size), targets.split(size)):
+        chunk = checkpoint(logprob_of_chunk, h, weight, t, temperature, use_reentrant=False,
+                           preserve_rng_state=False)
+        logprobs.append(chunk[0])
+        entropy.append(chunk[1])
     return torch.cat(logprobs), torch.cat(entropy)
 
 
 def logprob_of_chunk(hidden, weight, targets, temperature):
     logits = hidden @ weight.to(hidden.dtype).T                                          # (n, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    logprobs, ignored = logits.log_softmax(dim=-1), targets == -1
+    logprobs = logits.log_softmax(dim=-1)
     entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
     chosen = logprobs.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
+    ignored = targets == -1
     return chosen.masked_fill(ignored, 0), entropy.masked_fill(ignored, 0)
 
 
-def sample_reference(hidden, weight, bits, temperature):
+def sample_torch(hidden, weight, bits, temperature):
     return draw((hidden @ weight.to(hidden.dtype).T).float(), temperature, bits)
 
 
@@ -66,38 +70,155 @@ def draw(logits, temperature, bits):
         tokens = logits.argmax(dim=-1)
         return tokens, logits.log_softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1)
     logprobs = (logits / temperature).log_softmax(dim=-1)
-    cumulative = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)                 # (B, V), fp64: V is large
+    # fp64, because in fp32 the rounding of a sum over V would distort the rare tokens.
+    cumulative = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)                      # (B, V)
     uniform = (bits >> 11 & (1 << 53) - 1).double() / (1 << 53)                          # in [0, 1)
-    tokens = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)
-    tokens = tokens.clamp(max=logits.shape[1] - 1)  # a row of NaN finds no place: let its log-prob tell
+    place = (uniform * cumulative[:, -1])[:, None]
+    tokens = torch.searchsorted(cumulative, place, right=True)
+    # In a row of NaN the search runs past the end. Its log-prob, NaN too, stops the sampler.
+    tokens = tokens.clamp(max=logits.shape[1] - 1)
     return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)
 
 
-# ---- kernels -----------------------------------------------------------------------------------------------
+# ---- kernels: what both scans share ----
+
 @triton.jit
-def logits_tile(H, W, rows, columns, V, D, inv_temp, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                PRECISION: tl.constexpr):
-    """hidden[rows] @ weight[columns].T / temperature -> (BM, BN) in fp32; rows and columns are int64."""
-    tl.assume(D > 0)  # or Triton 3.6 lets every tensor-core product wait for the one before
+def logits_tile(hidden_ptr, weight_ptr, rows, columns, V, D, inv_temp, BM: tl.constexpr,
+                BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
+    """hidden[rows] @ weight[columns].T / temperature -> (BM, BN) fp32; rows, columns are int64."""
+    # Otherwise Triton 3.6 makes every tensor-core product wait for the one before.
+    tl.assume(D > 0)
     columns = tl.minimum(columns, V - 1)
     inner = tl.arange(0, BK)
     x = tl.zeros((BM, BN), tl.float32)
     for k in range(0, D, BK):
-        inside = (k + inner < D)[None, :]
-        h = tl.load(H + rows[:, None] * D + (k + inner)[None, :], mask=inside, other=0.0)
-        w = tl.load(W + columns[:, None] * D + (k + inner)[None, :], mask=inside, other=0.0)
+        step = (k + inner)[None, :]
+        h = tl.load(hidden_ptr + rows[:, None] * D + step, mask=step < D, other=0.0)
+        w = tl.load(weight_ptr + columns[:, None] * D + step, mask=step < D, other=0.0)
         x = tl.dot(h, w.T, x, input_precision=PRECISION)
     return x * inv_temp
 
 
 @triton.jit
-def gumbel(bits, start, BN: tl.constexpr):
-    """Noise -log(E), E exponential, for the tokens start .. start + BN - 1 -> (BM, BN).
+def grow_softmax(m, x):
+    """Largest logit so far m (BM,), a tile x (BM, BN) -> the new m, e^(old - new), e^(x - new)."""
+    m_new = tl.maximum(m, tl.max(x, 1))
+    return m_new, tl.exp(m - m_new), tl.exp(x - m_new[:, None])
 
-    A row's bits seed SplitMix64, whose output number t belongs to token t. The largest noise comes from the
-    smallest E. -log(-log u) with u in fp32 ends at 16.6, because nothing lies between 1 - 2**-24 and 1, and
-    among 150,000 tokens that is felt. Floats are dense at 0: E = -log(1 - v) with v down to 2**-33 (noise
-    22.9), and as a series where 1 - v would round v away.
+
+@triton.jit
+def combine_softmax(m_ptr, s_ptr, row, splits, PADDED: tl.constexpr):
+    """-> m and s of each split of a row, e^(m of the split - m of the row), and m and s of the row.
+
+    Splits are padded to a power of two and reduced by one tree, so the order is fixed.
+    """
+    split = tl.arange(0, PADDED)
+    there = split < splits
+    m_split = tl.load(m_ptr + row * splits + split, mask=there, other=-1e30)
+    s_split = tl.load(s_ptr + row * splits + split, mask=there, other=0.0)
+    m = tl.max(m_split, 0)
+    shrink = tl.exp(m_split - m)
+    return m_split, s_split, shrink, m, tl.sum(s_split * shrink, 0)
+
+
+# ---- kernels: log-probs ----
+
+@triton.jit
+def logprob_scan_kernel(hidden_ptr, weight_ptr, targets_ptr, m_ptr, s_ptr, e_ptr, x_ptr, N, V, D,
+                        splits, inv_temp, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                        SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """BM rows over one split. Row tiles are neighbours in the grid: they share the weights in L2.
+
+    Leaves m, s, e = sum e^(x - m) (x - m) for the entropy, and the target's logit (0 elsewhere).
+    """
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    # Beyond the end the last row is computed again, which is cheaper than masks.
+    real, rows = rows < N, tl.minimum(rows, N - 1)
+    split = tl.program_id(1)
+    target = tl.load(targets_ptr + rows)
+    m = tl.full((BM,), -1e30, tl.float32)
+    s = tl.zeros((BM,), tl.float32)
+    e = tl.zeros((BM,), tl.float32)
+    picked = tl.zeros((BM,), tl.float32)
+    for start in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, V), BN):
+        columns = start + tl.arange(0, BN).to(tl.int64)
+        x = logits_tile(hidden_ptr, weight_ptr, rows, columns, V, D, inv_temp, BM, BN, BK,
+                        PRECISION)
+        x = tl.where((columns < V)[None, :], x, -1e30)
+        picked += tl.sum(tl.where(columns[None, :] == target[:, None], x, 0.0), 1)
+        m_new, shrink, p = grow_softmax(m, x)
+        # e sums x - m rather than x, so that nothing cancels however large the logits are.
+        e = (e + (m - m_new) * s) * shrink + tl.sum(p * (x - m_new[:, None]), 1)
+        s = s * shrink + tl.sum(p, 1)
+        m = m_new
+    at = rows * splits + split
+    tl.store(m_ptr + at, m, mask=real)
+    tl.store(s_ptr + at, s, mask=real)
+    tl.store(e_ptr + at, e, mask=real)
+    tl.store(x_ptr + at, picked, mask=real)
+
+
+@triton.jit
+def logprob_combine_kernel(targets_ptr, m_ptr, s_ptr, e_ptr, x_ptr, logprobs_ptr, entropy_ptr,
+                           lse_ptr, splits, SPLIT: tl.constexpr, PADDED: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    m_split, s_split, shrink, m, s = combine_softmax(m_ptr, s_ptr, row, splits, PADDED)
+    there = tl.arange(0, PADDED) < splits
+    e_split = tl.load(e_ptr + row * splits + tl.arange(0, PADDED), mask=there, other=0.0)
+    e = tl.sum(tl.where(there, (e_split + (m_split - m) * s_split) * shrink, 0.0), 0)
+    target = tl.load(targets_ptr + row)
+    ignored = target < 0
+    x = tl.load(x_ptr + row * splits + tl.maximum(target, 0) // SPLIT)
+    log_s = tl.log(s)
+    # x - m - log s, not x - (m + log s), because 120 + 0.3 loses digits of the 0.3.
+    tl.store(logprobs_ptr + row, tl.where(ignored, 0.0, x - m - log_s))
+    tl.store(entropy_ptr + row, tl.where(ignored, 0.0, log_s - e / s))
+    tl.store(lse_ptr + row, m + log_s)
+
+
+@triton.jit
+def dlogits_kernel(hidden_ptr, weight_ptr, targets_ptr, lse_ptr, entropy_ptr, dlogprobs_ptr,
+                   dentropy_ptr, out_ptr, N, V, D, stride, first, inv_temp,
+                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+                   WITH_ENTROPY: tl.constexpr, PRECISION: tl.constexpr):
+    """d logits of the chunk of the vocabulary from `first` on; weight, out and V are the chunk's.
+
+    d x = (dlogprob (1[target] - p) - dentropy p (log p + entropy)) / temperature
+    """
+    tiles = tl.cdiv(N, BM)
+    in_group = GROUP * tl.cdiv(V, BN)
+    group, place = tl.program_id(0) // in_group, tl.program_id(0) % in_group
+    height = tl.minimum(tiles - group * GROUP, GROUP)  # row tiles of this group; the last has fewer
+    rows = (group * GROUP + place % height).to(tl.int64) * BM + tl.arange(0, BM)
+    real, rows = rows < N, tl.minimum(rows, N - 1)
+    columns = (place // height).to(tl.int64) * BN + tl.arange(0, BN)
+    x = logits_tile(hidden_ptr, weight_ptr, rows, columns, V, D, inv_temp, BM, BN, BK, PRECISION)
+    target = tl.load(targets_ptr + rows)
+    counts = target >= 0
+    logp = x - tl.load(lse_ptr + rows)[:, None]
+    p = tl.exp(logp)
+    hit = (columns + first)[None, :] == target[:, None]
+    dlogprobs = tl.load(dlogprobs_ptr + rows, mask=counts, other=0.0)
+    out = dlogprobs[:, None] * (tl.where(hit, 1.0, 0.0) - p)
+    if WITH_ENTROPY:
+        entropy = tl.load(entropy_ptr + rows, mask=counts, other=0.0)
+        dentropy = tl.load(dentropy_ptr + rows, mask=counts, other=0.0)
+        out -= dentropy[:, None] * p * (logp + entropy[:, None])
+    out = (out * inv_temp).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + rows[:, None] * stride + columns[None, :], out,
+             mask=real[:, None] & (columns < V)[None, :])
+
+
+# ---- kernels: sampling ----
+
+@triton.jit
+def gumbel(bits, start, BN: tl.constexpr):
+    """Gumbel noise -log(E), E exponential, for the tokens start .. start + BN - 1 -> (BM, BN).
+
+    A row's bits seed SplitMix64, whose output number t belongs to token t. The usual -log(-log u)
+    ends at 16.6 in fp32, because no number lies between 1 - 2**-24 and 1, and with 150,000 tokens
+    that matters. Large noise is a small E, and floats are dense at 0: so E = -log(1 - v), with v
+    down to 2**-33 (noise 22.9), and as a series where 1 - v would round v away.
     """
     STEP: tl.constexpr = 0x9E3779B97F4A7C15
     z = bits.to(tl.uint64, bitcast=True) + tl.cast(start + 1, tl.uint64) * STEP
@@ -111,173 +232,134 @@ def gumbel(bits, start, BN: tl.constexpr):
 
 
 @triton.jit
-def scan(H, W, TARGETS, BITS, M, S, E, X, TOKENS, N, V, D, splits, inv_temp,
-         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, SAMPLE: tl.constexpr,
-         NOISE: tl.constexpr, PRECISION: tl.constexpr):
-    """BM rows over one split. Row tiles are neighbours in the grid: they share the split's weights in L2.
-
-    Leaves m, s and X, the logit of the target (0 if another split has it) or of the token drawn in this
-    split. E gets sum e^(x - m) (x - m), for the entropy; or the score of the token drawn, TOKENS the token.
-    """
+def sample_scan_kernel(hidden_ptr, weight_ptr, bits_ptr, m_ptr, s_ptr, score_ptr, x_ptr, token_ptr,
+                       N, V, D, splits, inv_temp, BM: tl.constexpr, BN: tl.constexpr,
+                       BK: tl.constexpr, SPLIT: tl.constexpr, NOISE: tl.constexpr,
+                       PRECISION: tl.constexpr):
+    """As logprob_scan_kernel; leaves m, s, and the split's best token, its score and its logit."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    real, rows = rows < N, tl.minimum(rows, N - 1)  # behind the last row the last again: cheaper than masks
+    real, rows = rows < N, tl.minimum(rows, N - 1)
     split = tl.program_id(1)
+    bits = tl.load(bits_ptr + rows)
     m = tl.full((BM,), -1e30, tl.float32)
     s = tl.zeros((BM,), tl.float32)
-    e = tl.zeros((BM,), tl.float32)
+    best = tl.full((BM,), -1e30, tl.float32)
     picked = tl.zeros((BM,), tl.float32)
-    if SAMPLE:
-        bits = tl.load(BITS + rows)
-        best = tl.full((BM,), -1e30, tl.float32)
-        token = tl.zeros((BM,), tl.int32)
-    else:
-        target = tl.load(TARGETS + rows)
+    token = tl.zeros((BM,), tl.int32)
     for start in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, V), BN):
         columns = start + tl.arange(0, BN).to(tl.int64)
-        x = logits_tile(H, W, rows, columns, V, D, inv_temp, BM, BN, BK, PRECISION)
+        x = logits_tile(hidden_ptr, weight_ptr, rows, columns, V, D, inv_temp, BM, BN, BK,
+                        PRECISION)
         x = tl.where((columns < V)[None, :], x, -1e30)
-        if SAMPLE:
-            score = x
-            if NOISE:
-                score = x + gumbel(bits, start, BN)
-            top, place = tl.max(score, 1, return_indices=True)  # the lowest of equals
-            better = top > best                                 # never for NaN: s tells of that
-            here = tl.sum(tl.where(tl.arange(0, BN)[None, :] == place[:, None], x, 0.0), 1)
-            best = tl.where(better, top, best)
-            picked = tl.where(better, here, picked)
-            token = tl.where(better, start + place, token)
-        bigger = tl.maximum(m, tl.max(x, 1))
-        shrink, p = tl.exp(m - bigger), tl.exp(x - bigger[:, None])
-        if not SAMPLE:  # around the maximum, where nothing cancels however large the logits are
-            e = (e + (m - bigger) * s) * shrink + tl.sum(p * (x - bigger[:, None]), 1)
-            picked += tl.sum(tl.where(columns[None, :] == target[:, None], x, 0.0), 1)
+        score = x
+        if NOISE:
+            score = x + gumbel(bits, start, BN)
+        top, place = tl.max(score, 1, return_indices=True)  # first of equals
+        better = top > best                                 # false for NaN, which s reports
+        here = tl.sum(tl.where(tl.arange(0, BN)[None, :] == place[:, None], x, 0.0), 1)
+        best = tl.where(better, top, best)
+        picked = tl.where(better, here, picked)
+        token = tl.where(better, start + place, token)
+        m_new, shrink, p = grow_softmax(m, x)
         s = s * shrink + tl.sum(p, 1)
-        m = bigger
+        m = m_new
     at = rows * splits + split
-    tl.store(M + at, m, mask=real)
-    tl.store(S + at, s, mask=real)
-    tl.store(X + at, picked, mask=real)
-    if SAMPLE:
-        tl.store(E + at, best, mask=real)
-        tl.store(TOKENS + at, token, mask=real)
-    else:
-        tl.store(E + at, e, mask=real)
+    tl.store(m_ptr + at, m, mask=real)
+    tl.store(s_ptr + at, s, mask=real)
+    tl.store(score_ptr + at, best, mask=real)
+    tl.store(x_ptr + at, picked, mask=real)
+    tl.store(token_ptr + at, token, mask=real)
 
 
 @triton.jit
-def combine(TARGETS, M, S, E, X, TOKENS, LOGPROBS, ENTROPY, LSE, DRAWN, splits,
-            SPLIT: tl.constexpr, PADDED: tl.constexpr, SAMPLE: tl.constexpr):
-    """One row: its splits, padded to a power of two, reduced by the same tree whatever the other rows are."""
+def sample_combine_kernel(m_ptr, s_ptr, score_ptr, x_ptr, token_ptr, tokens_ptr, logprobs_ptr,
+                          splits, PADDED: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
+    m_split, s_split, shrink, m, s = combine_softmax(m_ptr, s_ptr, row, splits, PADDED)
     split = tl.arange(0, PADDED)
-    at, there = row * splits + split, split < splits
-    ms = tl.load(M + at, mask=there, other=-1e30)
-    m = tl.max(ms, 0)
-    shrink = tl.exp(ms - m)
-    ss = tl.load(S + at, mask=there, other=0.0)
-    s = tl.sum(ss * shrink, 0)
-    es = tl.load(E + at, mask=there, other=-2e30)
-    log_s = tl.log(s)  # below x - m - log s, not x - (m + log s): 120 + 0.3 has lost digits of the 0.3
-    if SAMPLE:
-        _, place = tl.max(es, 0, return_indices=True)
-        tl.store(DRAWN + row, tl.load(TOKENS + row * splits + place).to(tl.int64))
-        tl.store(LOGPROBS + row, tl.load(X + row * splits + place) - m - log_s)
-    else:
-        target = tl.load(TARGETS + row)
-        ignored = target < 0
-        x = tl.load(X + row * splits + tl.maximum(target, 0) // SPLIT)
-        e = tl.sum(tl.where(there, (es + (ms - m) * ss) * shrink, 0.0), 0)
-        tl.store(LOGPROBS + row, tl.where(ignored, 0.0, x - m - log_s))
-        tl.store(ENTROPY + row, tl.where(ignored, 0.0, log_s - e / s))
-        tl.store(LSE + row, m + log_s)
+    scores = tl.load(score_ptr + row * splits + split, mask=split < splits, other=-2e30)
+    _, best = tl.max(scores, 0, return_indices=True)
+    tl.store(tokens_ptr + row, tl.load(token_ptr + row * splits + best).to(tl.int64))
+    tl.store(logprobs_ptr + row, tl.load(x_ptr + row * splits + best) - m - tl.log(s))
 
 
-@triton.jit
-def logits_gradient(H, W, TARGETS, LSE, ENTROPY, D_LOGPROBS, D_ENTROPY, OUT, N, V, D, stride, first, inv_temp,
-                    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-                    WITH_ENTROPY: tl.constexpr, PRECISION: tl.constexpr):
-    """d logits of V vocabulary entries from `first` on. W, OUT and V belong to this chunk alone."""
-    tiles = tl.cdiv(N, BM)
-    in_group = GROUP * tl.cdiv(V, BN)
-    group, place = tl.program_id(0) // in_group, tl.program_id(0) % in_group
-    height = tl.minimum(tiles - group * GROUP, GROUP)  # row tiles of this group; the last has fewer
-    rows = (group * GROUP + place % height).to(tl.int64) * BM + tl.arange(0, BM)
-    real, rows = rows < N, tl.minimum(rows, N - 1)
-    columns = (place // height).to(tl.int64) * BN + tl.arange(0, BN)
-    x = logits_tile(H, W, rows, columns, V, D, inv_temp, BM, BN, BK, PRECISION)
-    target = tl.load(TARGETS + rows)
-    counts = target >= 0
-    logp = x - tl.load(LSE + rows)[:, None]
-    p = tl.exp(logp)
-    hit = (columns + first)[None, :] == target[:, None]
-    out = tl.load(D_LOGPROBS + rows, mask=counts, other=0.0)[:, None] * (tl.where(hit, 1.0, 0.0) - p)
-    if WITH_ENTROPY:
-        entropy = tl.load(ENTROPY + rows, mask=counts, other=0.0)
-        out -= tl.load(D_ENTROPY + rows, mask=counts, other=0.0)[:, None] * p * (logp + entropy[:, None])
-    tl.store(OUT + rows[:, None] * stride + columns[None, :], (out * inv_temp).to(OUT.dtype.element_ty),
-             mask=real[:, None] & (columns < V)[None, :])
+# ---- launches ----
+
+def tile_options(backend, hidden, BM):
+    """How hidden @ weight.T is cut: the same in every launch, so that a logit has the same bits."""
+    return dict(BM=BM, BN=BN, BK=BK[hidden.dtype], PRECISION=kernels.dot_precision(hidden),
+                **kernels.launch_options(backend, WARPS[BM], STAGES))
 
 
-# ---- launches ----------------------------------------------------------------------------------------------
-def forward(kind, hidden, weight, temperature, targets=None, bits=None, noise=False):
-    """targets -> log-probs, entropy, log-sum-exp (N,); random bits -> tokens, log-probs (N,)."""
-    (N, D), V, sample = hidden.shape, weight.shape[0], bits is not None
-    splits = triton.cdiv(V, SPLIT)
-    BM = 64 if N <= FEW_ROWS else 128
-    empty = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device=hidden.device)
-    m, s, e, x = (empty(N, splits) for _ in range(4))
-    best = empty(N, splits, dtype=torch.int32) if sample else None
-    scan[triton.cdiv(N, BM), splits](
-        hidden, weight, targets, bits, m, s, e, x, best, N, V, D, splits, 1 / temperature,
-        SPLIT=SPLIT, SAMPLE=sample, NOISE=noise, **tile(kind, hidden, BM))
-    logprobs = empty(N)
-    entropy, lse = (None, None) if sample else (empty(N), empty(N))
-    tokens = empty(N, dtype=torch.int64) if sample else None
-    combine[N,](
-        targets, m, s, e, x, best, logprobs, entropy, lse, tokens, splits, SPLIT=SPLIT,
-        PADDED=triton.next_power_of_2(splits), SAMPLE=sample, **kernels.options(kind, num_warps=1))
-    return (tokens, logprobs) if sample else (logprobs, entropy, lse)
+def empty(*shape, like, dtype=torch.float32):
+    return torch.empty(*shape, dtype=dtype, device=like.device)
 
 
-def tile(kind, hidden, BM):
-    """How hidden states meet weights: the same in every launch, so a logit has the same bits in each."""
-    return dict(BM=BM, BN=BN, BK=BK[hidden.dtype], PRECISION=kernels.precision(hidden),
-                **kernels.options(kind, WARPS[BM], STAGES))
+def launch_logprob(backend, hidden, weight, targets, temperature):
+    """-> log-probs, entropy and log-sum-exp, (N,) each."""
+    (N, D), V = hidden.shape, weight.shape[0]
+    splits, BM = triton.cdiv(V, SPLIT), 64 if N <= FEW_ROWS else 128
+    m, s, e, x = (empty(N, splits, like=hidden) for _ in range(4))
+    logprob_scan_kernel[triton.cdiv(N, BM), splits](
+        hidden, weight, targets, m, s, e, x, N, V, D, splits, 1 / temperature, SPLIT=SPLIT,
+        **tile_options(backend, hidden, BM))
+    logprobs, entropy, lse = (empty(N, like=hidden) for _ in range(3))
+    logprob_combine_kernel[N,](
+        targets, m, s, e, x, logprobs, entropy, lse, splits, SPLIT=SPLIT,
+        PADDED=triton.next_power_of_2(splits), **kernels.launch_options(backend, num_warps=1))
+    return logprobs, entropy, lse
+
+
+def launch_sample(backend, hidden, weight, bits, temperature):
+    """-> tokens and their log-probs, (B,) each."""
+    (B, D), V = hidden.shape, weight.shape[0]
+    splits, BM = triton.cdiv(V, SPLIT), 64 if B <= FEW_ROWS else 128
+    m, s, score, x = (empty(B, splits, like=hidden) for _ in range(4))
+    token = empty(B, splits, like=hidden, dtype=torch.int32)
+    sample_scan_kernel[triton.cdiv(B, BM), splits](
+        hidden, weight, bits, m, s, score, x, token, B, V, D, splits, 1 / (temperature or 1.0),
+        SPLIT=SPLIT, NOISE=temperature != 0, **tile_options(backend, hidden, BM))
+    tokens, logprobs = empty(B, like=hidden, dtype=torch.int64), empty(B, like=hidden)
+    sample_combine_kernel[B,](
+        m, s, score, x, token, tokens, logprobs, splits, PADDED=triton.next_power_of_2(splits),
+        **kernels.launch_options(backend, num_warps=1))
+    return tokens, logprobs
 
 
 class LogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, kind):
+    def forward(ctx, hidden, weight, targets, temperature, backend):
         hidden, targets = hidden.contiguous(), targets.contiguous()
-        logprobs, entropy, lse = forward(
-            kind, hidden, weight.to(hidden.dtype).contiguous(), temperature, targets=targets)
+        logprobs, entropy, lse = launch_logprob(
+            backend, hidden, weight.to(hidden.dtype).contiguous(), targets, temperature)
         ctx.save_for_backward(hidden, weight, targets, entropy, lse)
-        ctx.temperature, ctx.kind = temperature, kind
+        ctx.temperature, ctx.backend = temperature, backend
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, d_logprobs, d_entropy):
+    def backward(ctx, dlogprobs, dentropy):
         hidden, weight, targets, entropy, lse = ctx.saved_tensors
         (N, D), V, BM = hidden.shape, weight.shape[0], 128
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        with_entropy = d_entropy is not None
-        d_logprobs = torch.zeros_like(lse) if d_logprobs is None else d_logprobs.contiguous()
-        d_entropy = d_entropy.contiguous() if with_entropy else None
-        d_logits = torch.empty(N, min(CHUNK, V), dtype=hidden.dtype, device=hidden.device)
-        d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
-        d_weight = torch.empty_like(weight) if needs_weight else None
+        with_entropy = dentropy is not None
+        dlogprobs = torch.zeros_like(lse) if dlogprobs is None else dlogprobs.contiguous()
+        dentropy = dentropy.contiguous() if with_entropy else None
+        dlogits = empty(N, min(CHUNK, V), like=hidden, dtype=hidden.dtype)
+        dhidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
+        dweight = torch.empty_like(weight) if needs_weight else None
         for first in range(0, V, CHUNK):
             w = weight[first:first + CHUNK].to(hidden.dtype).contiguous()
-            d = d_logits[:, :len(w)]
-            logits_gradient[triton.cdiv(N, BM) * triton.cdiv(len(w), BN),](
-                hidden, w, targets, lse, entropy, d_logprobs, d_entropy, d, N, len(w), D, d.stride(0), first,
-                1 / ctx.temperature, GROUP=GROUP, WITH_ENTROPY=with_entropy, **tile(ctx.kind, hidden, BM))
+            d = dlogits[:, :len(w)]
+            dlogits_kernel[triton.cdiv(N, BM) * triton.cdiv(len(w), BN),](
+                hidden, w, targets, lse, entropy, dlogprobs, dentropy, d, N, len(w), D, d.stride(0),
+                first, 1 / ctx.temperature, GROUP=GROUP, WITH_ENTROPY=with_entropy,
+                **tile_options(ctx.backend, hidden, BM))
             if needs_weight:
-                d_weight[first:first + CHUNK] = product(d.T, hidden)
+                dweight[first:first + CHUNK] = product(d.T, hidden)
             if needs_hidden:
-                d_hidden += product(d, w)
-        return d_hidden.to(hidden.dtype) if needs_hidden else None, d_weight, None, None, None
+                dhidden += product(d, w)
+        return dhidden.to(hidden.dtype) if needs_hidden else None, dweight, None, None, None
 
 
 def product(a, b):
@@ -287,28 +369,31 @@ def product(a, b):
     return a.float() @ b.float()
 
 
-# ---- what the trainer and the sampler call -----------------------------------------------------------------
-def logprob(hidden, weight, targets, temperature=1.0):
-    """hidden (N, D), weight (V, D), targets (N,) -> log-probs (N,) and entropy in nats (N,), both fp32.
+# ---- what the trainer and the sampler call ----
 
-    Both belong to softmax(hidden @ weight.T / temperature): the distribution that was sampled from. A target
-    of -1 marks a row to ignore: 0, 0, no gradient. weight may be an fp32 master beside bf16 hidden states.
+def logprob(hidden, weight, targets, temperature=1.0):
+    """hidden (N, D), weight (V, D), targets (N,) -> log-probs (N,), entropy (N,) in nats, fp32.
+
+    Both are those of softmax(hidden @ weight.T / temperature), the distribution sampled from. A row
+    whose target is -1 is ignored: 0, 0, no gradient. weight may be an fp32 master beside bf16
+    hidden states.
     """
-    kind = kernels.chosen(hidden.device)
-    if kind == "torch":
-        return logprob_reference(hidden, weight, targets, temperature)
-    return LogProb.apply(hidden, weight, targets, temperature, kind)
+    backend = kernels.backend(hidden.device)
+    if backend == "torch":
+        return logprob_torch(hidden, weight, targets, temperature)
+    return LogProb.apply(hidden, weight, targets, temperature, backend)
 
 
 @torch.no_grad()
 def sample(hidden, weight, bits, temperature):
-    """hidden (B, D), weight (V, D), bits (B,) random int64 -> tokens (B,) int64, their log-probs (B,) fp32.
+    """hidden (B, D), weight (V, D), bits (B,) random int64 -> tokens (B,), log-probs (B,) fp32.
 
-    One token a row from softmax(hidden @ weight.T / temperature), decided by that row's bits alone.
-    Temperature 0: the most probable, with log-probs of temperature 1. A row of NaN gets the log-prob NaN.
+    A token for each row from softmax(hidden @ weight.T / temperature); the row's bits decide which.
+    Temperature 0: the most probable one, with its log-prob at temperature 1. A row of NaN gets the
+    log-prob NaN.
     """
-    kind = kernels.chosen(hidden.device)
-    if kind == "torch":
-        return sample_reference(hidden, weight, bits, temperature)
-    return forward(kind, hidden.contiguous(), weight.to(hidden.dtype).contiguous(), temperature or 1.0,
-                   bits=bits.contiguous(), noise=temperature != 0)
+    backend = kernels.backend(hidden.device)
+    if backend == "torch":
+        return sample_torch(hidden, weight, bits, temperature)
+    return launch_sample(backend, hidden.contiguous(), weight.to(hidden.dtype).contiguous(),
+                         bits.contiguous(), temperature)

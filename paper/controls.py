@@ -1,177 +1,261 @@
-"""Is it the thinking, or something cheaper? Controls and ablations of RPT on the embedded model, in one table.
+"""Is it the thinking, or something cheaper? Controls and ablations of RPT on the embedded model.
 
-    python controls.py --seeds 0 1 2                        about 35 minutes a seed on one core
-    python controls.py --seeds 0 --only rpt ntp             some of them; a new start continues
+    python paper/controls.py --seeds 0 1 2                about 35 minutes a seed on one core
+    python paper/controls.py --seeds 0 --only rpt ntp     some of them
 
-Every seed has its own corpus, base model and filter (demo.py), and everything below starts from that base:
-    rpt           the run that is explained
+After Ctrl-C the same command continues. Each seed has its own corpus, base model and filter
+(demo.py), and all of these start from its base:
+    rpt           the run that the controls explain
     ntp           next-token prediction on the same text, for the FLOPs that rpt has spent
-    ntp-hard      the same with a loss only for tokens that rpt may train on: those above its threshold
-    sft-own       supervised training on the base's own right rollouts: as many rollouts as rpt has sampled,
-                  then as many FLOPs as rpt's updates
-    no-thought    RPT whose prompt closes the thought at once; its steps are short, so it takes more of them
-    others        rpt with one flag changed, see VARIANTS
-Then all of them answer the same held-out positions, guessing (ntp), thinking (reasoning) and with an empty
-thought; rpt's checkpoints are fitted (scaling.py); and base, ntp and rpt are trained with the same budget on
-questions with exact answers that the text does not hold (Table 2 of the paper).
+    ntp-hard      the same with a loss only for tokens that rpt may train on, above its threshold
+    sft-own       supervised training on the base's own right rollouts: as many rollouts as rpt has
+                  sampled, then as many FLOPs as rpt's updates
+    no-thought    RPT whose prompt closes the thought at once; more steps, because they are short
+    others        rpt with other flags, see VARIANTS
+All are evaluated on the same held-out positions: guessing (ntp), thinking (reasoning) and with an
+empty thought. paper/scaling.py fits rpt's checkpoints. Finally RL with the same budget trains base,
+ntp and rpt on questions with exact answers that the text does not hold (Table 2).
 """
-import argparse
 import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 if __name__ == "__main__":  # the repository, not paper/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+import demo
+from plumbing import flags
 from plumbing.checkpoint import latest_checkpoint, write
-from plumbing.flags import speak_once
-from demo import BASE_STEPS, RPT_STEPS, STAGES, run_stages
 
-RPT = ("train_rpt.py --init {base} --corpus {run}/corpus --template short --entropy-threshold 0.5 "
-       "--batch-size 32 --rollouts 8 --max-new-tokens 64 --temperature 1.0 --lr 1e-4 --grad-clip 1.0 "
-       "--seed {seed} --resume --steps {rpt_steps} --save-every 10 --out-dir {run}/")
-NTP = "train_ntp.py --corpus {run}/corpus --init {base} --match-compute {run}/rpt --seed {seed} --resume "
-SFT = "--updates-only --strings {run}/own.jsonl --documents-per-step 0 --strings-per-step 32 --lr 3e-4 "
-EVAL = ("eval.py lm --corpus {run}/corpus --proxy {base} --template short --max-new-tokens 64 "
-        "--temperature 0.8 --positions 500 --samples 4 --max-prompt-tokens 128 ")
-ANSWERS = ("train_rpt.py --task answers --data {run}/corpus/questions.jsonl --template short --batch-size 32 "
-           "--rollouts 8 --max-new-tokens 96 --temperature 1.0 --lr 1e-4 --grad-clip 1.0 --seed {seed} "
-           "--resume --steps 50 --out-dir {run}/")
-ASK = ("eval.py answers --data {run}/corpus/questions_val.jsonl --template short --max-new-tokens 96 "
-       "--samples 4 ")
-
-VARIANTS = {  # name: what differs from rpt (a later flag wins)
-    "no-thought": "--no-thought --steps 800",  # twice the FLOPs of rpt
-    "first-token": "--reward first-token", "dense": "--reward dense",
-    "conditional-dense": "--reward conditional-dense",
-    "G-4": "--rollouts 4 --batch-size 64", "G-16": "--rollouts 16 --batch-size 16",
-    "all-positions": "--entropy-threshold 0", "hard-positions": "--entropy-threshold 1.5",
+VARIANTS = {  # name: the flags by which it differs from rpt
+    "no-thought": "--objective no_thought --steps 800",  # twice the FLOPs of rpt
+    "first-token": "--objective first_token",
+    "dense": "--objective dense",
+    "conditional-dense": "--objective conditional_dense",
+    "G-4": "--rollouts 4 --batch-size 64",
+    "G-16": "--rollouts 16 --batch-size 16",
+    "all-positions": "--entropy-threshold 0",
+    "hard-positions": "--entropy-threshold 1.5",
     "dynamic": "--dynamic-sampling-from 0",
     "normalised": "--normalize-advantage"}
 TRAINED = ["rpt", "ntp", "ntp-hard", "sft-own", *VARIANTS]
-TUNED = {"base": "{base}", "ntp": "{ntp}", "rpt": "{rpt}",  # for Table 2: what RL on questions starts from
-         "longer": "{base} --steps 200"}                    # as many steps as rpt and its RL together
+POSITIONS = 32                                        # of a step of rpt
 FITTED = [10, 20, 30, 40, 60, 80, 100, 125, 150]      # steps of rpt, for the scaling fit
+TUNED = ["base", "ntp", "rpt", "longer"]              # what RL on questions starts from
+QUESTION_STEPS = 50
+LONGER_STEPS = QUESTION_STEPS + demo.RPT_STEPS        # "longer": from the base, without RPT
 
 
-def stages_of(names):
-    """Names of what to train -> the stages of one seed, as demo.run_stages takes them."""
-    stages = list(STAGES[:2])
-    stage = lambda why, command, result: stages.append((why, command, result))
-    why, command, result = STAGES[2]
-    stage(why, command.replace(" --documents 1200", ""), result)  # all: nobody shall see a document many times
-    stage("RPT.", RPT + "rpt --save-every 5", "{run}/rpt/done")
-    if "ntp" in names:
-        stage("Control: next-token prediction for the same FLOPs.",
-              NTP + "--documents-per-step 24 --lr 1e-3 --out-dir {run}/ntp", "{run}/ntp/done")
-    if "ntp-hard" in names:
-        stage("Control: the same, a loss only for tokens that RPT may train on.",
-              NTP + "--documents-per-step 24 --lr 1e-3 --entropy-threshold 0.5 --proxy {base} "
-              "--out-dir {run}/ntp-hard", "{run}/ntp-hard/done")
-    if "sft-own" in names:
-        stage("The base's own rollouts that were right: as many sampled as in RPT.",
-              "data/warmstart.py --own --corpus {run}/corpus --proxy {base} --template short --count {positions} "
-              "--samples 8 --max-new-tokens 64 --seed {seed} --out {run}/own.jsonl", "{run}/own.jsonl")
-        stage("Control: supervised training on them.",
-              NTP + SFT + "--out-dir {run}/sft-own", "{run}/sft-own/done")
-    for name in names:
-        if name in VARIANTS:
-            stage(f"RPT with {VARIANTS[name]}.", RPT + f"{name} {VARIANTS[name]}", f"{{run}}/{name}/done")
-    stage("Everything on the same held-out positions.",
-          EVAL + "--mode all --dump {run}/thoughts.jsonl --out {run}/results.json --checkpoints {base} {trained}", "{run}/results.json")
-    stage("RPT's checkpoints, for the scaling fit.",
-          EVAL + "--mode reasoning --out {run}/rpt/results.json --checkpoints {rpt_checkpoints}",
-          "{run}/rpt/results.json")
-    stage("The fit.", "paper/scaling.py {run}/rpt --out {run}/scaling.json", "{run}/scaling.json")
-    for name, init in TUNED.items():
-        if name in ("base", "longer", *names):
-            stage(f"RL on questions with exact answers: {name}.",
-                  ANSWERS + f"tuned-{name} --init {init}", f"{{run}}/tuned-{name}/done")
-    stage("Held-out questions, before and after.", ASK + "--out {run}/answers.json --checkpoints {tuned}",
-          "{run}/answers.json")
-    return stages
+# ---- checkpoints ----
+
+def base(run):
+    return f"{run}/base/step_{demo.BASE_STEPS:06d}"
+
+
+def tuned(names):
+    return [name for name in TUNED if name in ("base", "longer", *names)]
+
+
+def start_of(run, name):
+    """The checkpoint from which RL on questions starts."""
+    return base(run) if name in ("base", "longer") else latest_checkpoint(f"{run}/{name}")
 
 
 def newest(run, names):
-    """-> checkpoint folders of runs that exist, in this order."""
-    return [folder for folder in (latest_checkpoint(f"{run}/{name}") for name in names) if folder]
+    """Checkpoint folders of these runs."""
+    return [latest_checkpoint(f"{run}/{name}") for name in names]
+
+
+# ---- commands ----
+
+def rpt_command(run, seed, name, different=""):
+    """different: flags that come last and so replace those before them."""
+    return (f"train_rpt.py --init {base(run)} --corpus {run}/corpus --out-dir {run}/{name} "
+            f"--template short --entropy-threshold 0.5 --steps {demo.RPT_STEPS} "
+            f"--batch-size {POSITIONS} --rollouts 8 --max-new-tokens 64 --temperature 1.0 "
+            f"--lr 1e-4 --grad-clip 1.0 --save-every 10 --seed {seed} --resume {different}")
+
+
+def ntp_command(run, seed, name, lessons):
+    """Next-token prediction for the FLOPs of rpt; lessons: flags about text or strings."""
+    return (f"train_ntp.py --init {base(run)} --corpus {run}/corpus --out-dir {run}/{name} "
+            f"--match-compute {run}/rpt --seed {seed} --resume {lessons}")
+
+
+def own_rollouts_command(run, seed):
+    return (f"paper/own_rollouts.py --init {base(run)} --corpus {run}/corpus --template short "
+            f"--count {demo.RPT_STEPS * POSITIONS} --rollouts 8 --max-new-tokens 64 --seed {seed} "
+            f"--out {run}/own.jsonl")
+
+
+def eval_command(run, mode, checkpoints, out):
+    return (f"eval.py lm --corpus {run}/corpus --proxy {base(run)} --template short --mode {mode} "
+            "--positions 500 --samples 4 --max-new-tokens 64 --temperature 0.8 "
+            f"--max-prompt-tokens 128 --out {out} --checkpoints {' '.join(checkpoints)}")
+
+
+def questions_command(run, seed, name, init, steps):
+    return (f"train_rpt.py --objective answers --init {init} --data {run}/corpus/questions.jsonl "
+            f"--out-dir {run}/{name} --template short --steps {steps} --batch-size 32 --rollouts 8 "
+            "--max-new-tokens 96 --temperature 1.0 --lr 1e-4 --grad-clip 1.0 "
+            f"--seed {seed} --resume")
+
+
+def answers_command(run, checkpoints):
+    return (f"paper/answers.py --data {run}/corpus/questions_val.jsonl --template short "
+            f"--max-new-tokens 96 --samples 4 --out {run}/answers.json "
+            f"--checkpoints {' '.join(checkpoints)}")
+
+
+# ---- stages, as demo.run_stages takes them: why, the command, the file that shows it is done ----
+
+def training(run, seed, names):
+    """The corpus, the base, and what is trained from it."""
+    corpus, train_base, (why, command, scores) = demo.STAGES[:3]
+    # All documents are scored, so that no control trains on one of them many times.
+    stages = [corpus, train_base, (why, command.replace(" --documents 1200", ""), scores),
+              ("RPT.", rpt_command(run, seed, "rpt", "--save-every 5"), f"{run}/rpt/done")]
+    text = "--documents-per-step 24 --lr 1e-3"
+    lessons = {
+        "ntp": text,
+        "ntp-hard": f"{text} --entropy-threshold 0.5 --proxy {base(run)}",
+        "sft-own": f"--updates-only --strings {run}/own.jsonl --documents-per-step 0 "
+                   "--strings-per-step 32 --lr 3e-4"}
+    for name in names:
+        if name == "sft-own":
+            stages.append(("The base's own right rollouts: as many are sampled as in RPT.",
+                           own_rollouts_command(run, seed), f"{run}/own.jsonl"))
+        if name in lessons:
+            stages.append((f"Control: {name}.", ntp_command(run, seed, name, lessons[name]),
+                           f"{run}/{name}/done"))
+        if name in VARIANTS:
+            stages.append((f"RPT with {VARIANTS[name]}.",
+                           rpt_command(run, seed, name, VARIANTS[name]), f"{run}/{name}/done"))
+    return stages
+
+
+def measuring(run, seed, names):
+    """Everything on the same held-out positions, and the checkpoints of rpt."""
+    trained = [base(run), *newest(run, names)]
+    on_the_way = [f"{run}/rpt/step_{step:06d}" for step in FITTED]
+    results, rpt_results = f"{run}/results.json", f"{run}/rpt/results.json"
+    return [
+        ("Everything on the same held-out positions.",
+         eval_command(run, "all", trained, results) + f" --dump {run}/thoughts.jsonl", results),
+        ("RPT's checkpoints, for the scaling fit.",
+         eval_command(run, "reasoning", on_the_way, rpt_results), rpt_results),
+        ("The fit.", f"paper/scaling.py {run}/rpt --out {run}/scaling.json", f"{run}/scaling.json")]
+
+
+def tuning(run, seed, names):
+    """RL on questions, from each checkpoint to start from."""
+    stages = []
+    for name in tuned(names):
+        steps = LONGER_STEPS if name == "longer" else QUESTION_STEPS
+        stages.append((f"RL on questions with exact answers: {name}.",
+                       questions_command(run, seed, f"tuned-{name}", start_of(run, name), steps),
+                       f"{run}/tuned-{name}/done"))
+    return stages
+
+
+def asking(run, seed, names):
+    """Held-out questions, before and after RL."""
+    checkpoints = []
+    for name in tuned(names):
+        checkpoints += [start_of(run, name), *newest(run, [f"tuned-{name}"])]
+    command = answers_command(run, list(dict.fromkeys(checkpoints)))
+    return [("Held-out questions, before and after RL.", command, f"{run}/answers.json")]
 
 
 def forget_tables(run, names):
-    """Delete results that lack one of these: of a call with other names."""
-    tuned = {f"tuned-{name}" for name in TUNED if name in ("base", "longer", *names)}
-    for file, wanted in (("results.json", set(names)), ("answers.json", tuned)):
+    """Delete tables that lack one of these names, from an earlier call with fewer."""
+    answered = {f"tuned-{name}" for name in tuned(names)}
+    for file, wanted in (("results.json", set(names)), ("answers.json", answered)):
         path = Path(run, file)
-        if path.exists() and not wanted <= {Path(r["checkpoint"]).parent.name for r in json.loads(path.read_text())}:
+        if path.exists() and not wanted <= {run_of(line) for line in read_json(path)}:
             path.unlink()
 
 
 def run_seed(run, seed, names):
-    """Everything of one seed into the folder `run`; what is there already is not done again."""
-    base = f"{run}/base/step_{BASE_STEPS:06d}"
+    """Everything of one seed, in the folder `run`; finished stages are not run again."""
     forget_tables(run, names)
+    # One group after the other, because commands name checkpoints that earlier groups make.
+    args = SimpleNamespace(out_dir=run, seed=seed)
+    for stages in (training, measuring, tuning, asking):
+        demo.run_stages(stages(run, seed, names), demo.names, args)
 
-    def words():
-        tuned = [folder for name in TUNED
-                 for folder in (newest(run, [name]) or [base]) + newest(run, [f"tuned-{name}"])]
-        rpt = newest(run, ["rpt"])
-        return dict(run=run, seed=seed, base=base, base_steps=BASE_STEPS, rpt_steps=RPT_STEPS,
-                    ntp=" ".join(newest(run, ["ntp"])), rpt=" ".join(rpt), positions=RPT_STEPS * 32,
-                    trained=" ".join(newest(run, names)), tuned=" ".join(dict.fromkeys(tuned)),
-                    rpt_checkpoints=" ".join(f"{run}/rpt/step_{step:06d}" for step in FITTED))
 
-    run_stages(stages_of(names), words)
+# ---- the table ----
+
+def read_json(path):
+    return json.loads(Path(path).read_text())
+
+
+def run_of(line):
+    """The run of a line of results.json."""
+    return Path(line["checkpoint"]).parent.name
 
 
 def flops(run, name):
     path = Path(run, name, "metrics.jsonl")
-    return sum(json.loads(line)["flops"] for line in open(path)) if path.exists() else 0
+    if not path.exists():
+        return 0
+    return sum(json.loads(line)["flops"] for line in path.read_text().splitlines())
 
 
-def cell(values):
-    """Accuracies of the seeds -> their mean and themselves."""
-    return f"{np.mean(values):.1f} ({', '.join(f'{v:.1f}' for v in values)})" if values else "-"
+def cell(lines, name, key="accuracy", **same):
+    """One run's results for all seeds -> their mean, and in parentheses each of them."""
+    values = [line[key] for line in lines if run_of(line) == name and same.items() <= line.items()]
+    if not values:
+        return "-"
+    return f"{np.mean(values):.1f} ({', '.join(f'{value:.1f}' for value in values)})"
 
 
 def table(out_dir, seeds, split="medium"):
     """results.json and answers.json of all seeds -> Markdown: mean (each seed), in percent."""
     runs = [f"{out_dir}/seed-{seed}" for seed in seeds]
-    read = lambda run, name: json.loads(Path(run, name).read_text())
-    name_of = lambda line: Path(line["checkpoint"]).parent.name
-    lines = [line for run in runs for line in read(run, "results.json") if line["split"] == split]
-    names = list(dict.fromkeys(map(name_of, lines)))
-    rows = [f"| {split} positions, seeds {', '.join(map(str, seeds))} | guessing | thinking | one of 4 thoughts | "
-            "empty thought | FLOPs |", "|---|---|---|---|---|---|"]
-    for name in names:
-        cells = [cell([line[key] for line in lines if name_of(line) == name and line["mode"] == mode])
-                 for mode, key in (("ntp", "accuracy"), ("reasoning", "accuracy"), ("reasoning", "pass_at_k"),
-                                   ("empty", "accuracy"))]
-        rows.append(f"| {name} | {' | '.join(cells)} | {np.mean([flops(run, name) for run in runs]):.1e} |")
-    rows += ["", "| questions, from | before RL | after RL | FLOPs after the base |", "|---|---|---|---|"]
-    lines = [line for run in runs for line in read(run, "answers.json")]
+    rows = [f"| {split} positions, seeds {', '.join(map(str, seeds))} | guessing | thinking | "
+            "one of 4 thoughts | empty thought | FLOPs |", "|---|---|---|---|---|---|"]
+    lines = sum((read_json(f"{run}/results.json") for run in runs), [])
+    lines = [line for line in lines if line["split"] == split]
+    for name in dict.fromkeys(map(run_of, lines)):
+        cells = [cell(lines, name, mode="ntp"), cell(lines, name, mode="reasoning"),
+                 cell(lines, name, "pass_at_k", mode="reasoning"), cell(lines, name, mode="empty")]
+        spent = np.mean([flops(run, name) for run in runs])
+        rows.append(f"| {name} | {' | '.join(cells)} | {spent:.1e} |")
+
+    rows += ["", "| questions, from | before RL | after RL | FLOPs after the base |",
+             "|---|---|---|---|"]
+    lines = sum((read_json(f"{run}/answers.json") for run in runs), [])
     for name in TUNED:
-        before, after = ([line["accuracy"] for line in lines if name_of(line) == n]
-                         for n in (name, f"tuned-{name}"))
-        spent = [flops(run, f"tuned-{name}") + (name != "base") * flops(run, name) for run in runs]
-        rows.append(f"| {name} | {cell(before)} | {cell(after)} | {np.mean(spent):.1e} |")
+        spent = np.mean([flops(run, f"tuned-{name}") for run in runs])
+        if name != "base":
+            spent += np.mean([flops(run, name) for run in runs])
+        before, after = cell(lines, name), cell(lines, f"tuned-{name}")
+        rows.append(f"| {name} | {before} | {after} | {spent:.1e} |")
     return "\n".join(rows)
 
 
+def parse_args():
+    parser = flags.Parser("Controls and ablations of RPT on the embedded model.")
+    add = parser.add_argument
+    add("--seeds", type=flags.at_least(0), nargs="+", default=[0, 1, 2],
+        help="of corpus, base and runs")
+    add("--only", nargs="+", default=TRAINED, choices=TRAINED, metavar="NAME",
+        help="rpt and these alone")
+    add("--out-dir", default="runs/controls", help="folder for everything, below this repository")
+    return parser.parse_args()
+
+
 if __name__ == "__main__":
-    sys.excepthook = speak_once
-    parser = argparse.ArgumentParser(description="Controls and ablations of RPT on the embedded model.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of corpus, base and runs")
-    parser.add_argument("--only", nargs="+", default=argparse.SUPPRESS, choices=TRAINED, metavar="NAME",
-                        help=f"rpt and these alone, of {', '.join(TRAINED)}")
-    parser.add_argument("--out-dir", default="runs/controls", help="folder for everything, below this repository")
-    args = parser.parse_args()
-    only = getattr(args, "only", TRAINED)
-    os.chdir(Path(__file__).resolve().parent.parent)
+    sys.excepthook = flags.speak_once
+    args = parse_args()
+    os.chdir(flags.ROOT)
     for seed in args.seeds:
-        run_seed(f"{args.out_dir}/seed-{seed}", seed, list(dict.fromkeys(["rpt", *only])))
+        run_seed(f"{args.out_dir}/seed-{seed}", seed, list(dict.fromkeys(["rpt", *args.only])))
     words = table(args.out_dir, args.seeds)
     write(f"{args.out_dir}/table.md", words + "\n")
     print(f"\n{words}\n\nwritten to {args.out_dir}/table.md")

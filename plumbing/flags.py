@@ -1,5 +1,7 @@
-"""What command lines share: errors in one line."""
+"""What all command lines share: numbers with bounds, common flags, and errors in one line."""
+import argparse
 import errno
+import math
 import os
 import signal
 import sys
@@ -7,32 +9,124 @@ import time
 from contextlib import suppress
 from traceback import format_exception
 
+import torch
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def speak_once(kind, error, traceback):
-    """For scripts: `sys.excepthook = speak_once` prints what the user can mend as one line, and exits.
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not "(default: None)" and not for flags that have to be given."""
 
-    That is a ValueError or OSError raised in this repository, an OSError that names a file, a full disk.
-    Anything else is a bug and keeps its traceback. Of several ranks rank 0 speaks first: torchrun ends the others
-    with it, and what they have to say is the same, or that it is gone.
+    def _get_help_string(self, action):
+        if action.default is None or action.required:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises ValueError, so that `speak_once` prints one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=Help)
+
+    def error(self, message):
+        message = message.removeprefix("argument ").replace(": must be", " must be", 1)
+        raise ValueError(f"{message} (--help lists all flags)")
+
+
+def at_least(low, kind=int):
+    """-> a `type` for add_argument: a finite number that is at least `low`."""
+    def number(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value < math.inf:
+            nature = "a whole number" if kind is int else "finite"
+            raise argparse.ArgumentTypeError(f"must be at least {low} and {nature}, got {text}")
+        return value
+    return number
+
+
+def add_update_flags(add):
+    """Flags of both trainers that save memory."""
+    add("--tokens-per-micro-batch", type=at_least(1), default=16384,
+        help="tokens in one forward and backward pass; bounds memory")
+    add("--checkpoint-activations", action="store_true",
+        help="keep one activation a block and recompute the rest in the backward pass: "
+             "a quarter more work")
+    add("--bf16-moments", action="store_true",
+        help="keep AdamW's moments in bf16: saves 4 bytes a parameter")
+    add("--reshard", action="store_true",
+        help="with several ranks: free a block's gathered weights after its forward pass and "
+             "gather them again")
+    add("--ranks-per-copy", type=at_least(0), default=0, metavar="N",
+        help="with several ranks: N of them share one copy of the weights (HSDP); 0: all share one")
+
+
+def add_sampling_flags(add):
+    """Flags of scripts that sample and do not train, so may cut off improbable tokens."""
+    add("--temperature", type=at_least(0, float), default=0.8, help="of sampling; 0 is greedy")
+    add("--top-k", type=int, default=0, help="only the K most probable tokens; 0: all")
+    add("--top-p", type=float, default=1.0,
+        help="only the fewest tokens that have this much probability together")
+    add("--min-p", type=float, default=0.0,
+        help="only tokens with this share of the best one's probability")
+    add_cache_flags(add)
+
+
+def add_cache_flags(add):
+    """How much is decoded at a time."""
+    add("--max-rows", type=at_least(1), default=256, help="rollouts decoded at a time")
+    add("--kv-gb", type=at_least(0, float),
+        help="memory for keys and values, 10^9 bytes; default: half of what is there")
+
+
+def add_run_flags(add, save_every):
+    """Flags of both trainers about the run itself."""
+    add("--save-every", type=at_least(1), default=save_every, help="steps between checkpoints")
+    add("--resume", action="store_true", help="continue the run in --out-dir, if there is one")
+    add("--seed", type=at_least(0), default=0)
+    add_device_flag(add)
+
+
+def add_device_flag(add):
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=default, choices=["cpu", "cuda"])
+
+
+def compute_dtype(device):
+    """bf16 for matrix products and activations on a GPU, fp32 on a CPU."""
+    return torch.bfloat16 if str(device).startswith("cuda") else torch.float32
+
+
+def speak_once(kind, error, traceback):
+    """`sys.excepthook = speak_once` prints an error that the user can fix as one line; exit code 2.
+
+    That is a ValueError or OSError raised in this repository, an OSError that names a file, or a
+    full disk. Anything else is a bug and keeps its traceback. Ranks other than 0 wait: torchrun
+    ends them before they repeat the message of rank 0 or complain that rank 0 has gone.
     """
     while traceback and traceback.tb_next:
         traceback = traceback.tb_next
     file = os.path.abspath(traceback.tb_frame.f_code.co_filename) if traceback else ""
-    ours = file.startswith(ROOT + os.sep) and "site-packages" not in file  # a venv may live in the repository
-    about_files = isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC)
-    mendable = about_files or ours and isinstance(error, (ValueError, OSError))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not (mendable and os.environ["RANK"] == "0"):
+    # A virtual environment may lie inside the repository, but its errors are not ours.
+    ours = file.startswith(ROOT + os.sep) and "site-packages" not in file
+    names_a_file = isinstance(error, OSError) and error.filename is not None
+    disk_is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    fixable = names_a_file or disk_is_full or ours and isinstance(error, (ValueError, OSError))
+
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not (fixable and os.environ["RANK"] == "0"):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(2)
     if isinstance(error, KeyboardInterrupt):
         message, code = "interrupted: start the same command again to continue", 130
-    elif mendable:
+    elif fixable:
         message, code = f"{os.path.basename(sys.argv[0])}: {error}", 2
     else:
         message, code = "".join(format_exception(error)).rstrip(), 1
-    with suppress(OSError):  # a closed pipe has nobody left to tell
+    with suppress(OSError):  # the other end of a pipe may be closed
         print(message, file=sys.stderr, flush=True)
         sys.stdout.flush()
-    os._exit(code)  # not sys.exit: threads and process groups of a broken run may wait forever
+    # An ordinary exit could wait forever for threads and process groups of a broken run.
+    os._exit(code)

@@ -2,9 +2,9 @@
 
 It runs programs one after another, on a heap where reading past a tensor is harmless; hence:
 
-    guarded(x)           the tensor between two bands of NaN: a load out of bounds shows in the result
-    canaries()           outputs full of NaN between bands of a finite number: a store out of bounds shows
-    shuffled_grid(seed)  the programs of every launch in another order: what depends on it was a race
+    guarded(x)           the tensor between two bands of NaN: a load out of bounds gives NaN
+    canaries()           outputs full of NaN between finite bands: a store out of bounds shows there
+    shuffled_grid(seed)  programs of a launch in another order: what depends on it was a race
 """
 import contextlib
 
@@ -31,7 +31,7 @@ def guarded(x):
 
 @contextlib.contextmanager
 def canaries(monkeypatch):
-    """torch.empty and empty_like give tensors full of NaN between finite bands, checked at the end."""
+    """torch.empty and empty_like give NaN between finite bands, which are checked at the end."""
     buffers, empty, empty_like = [], torch.empty, torch.empty_like
 
     def poisoned(x):
@@ -43,7 +43,8 @@ def canaries(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", lambda *size, **kw: poisoned(empty(*size, **kw)))
-        patch.setattr(torch, "empty_like", lambda x, **kw: poisoned(empty_like(x, **kw).contiguous()))
+        patch.setattr(torch, "empty_like",
+                      lambda x, **kw: poisoned(empty_like(x, **kw).contiguous()))
         yield
     assert buffers, "no output was allocated with torch.empty: nothing was guarded"
     for buffer in buffers:

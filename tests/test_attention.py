@@ -7,7 +7,7 @@ import torch
 from kernels.attention import attention, make_layout
 
 GROUPS = [
-    [(5, [])],                                                  # one sequence: plain training and prefill
+    [(5, [])],                                                  # one sequence: training, prefill
     [(1, [1])],                                                 # the smallest group
     [(3, []), (7, []), (1, [])],
     [(4, [3, 2]), (3, [2, 4])],
@@ -19,8 +19,9 @@ def random_qkv(groups, seed=0, H=4, Hkv=2, K=8):
     """q, k, v in fp64 with gradients for the T rows of `groups`."""
     T = sum(p + sum(rollouts) for p, rollouts in groups)
     generator = torch.Generator().manual_seed(seed)
-    make = lambda heads: torch.randn(T, heads, K, dtype=torch.float64, generator=generator).requires_grad_()
-    return make(H), make(Hkv), make(Hkv)
+    q, k, v = (torch.randn(T, heads, K, dtype=torch.float64, generator=generator)
+               for heads in (H, Hkv, Hkv))
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
 
 
 def visible_rows(groups):
@@ -58,7 +59,8 @@ def gradients(out, inputs, seed=1):
 @pytest.mark.parametrize("H, Hkv", [(4, 4), (4, 2), (3, 1)])
 def test_every_row_sees_its_prompt_and_its_own_past_and_nothing_else(groups, H, Hkv):
     q, k, v = random_qkv(groups, H=H, Hkv=Hkv)
-    packed, loop = attention(q, k, v, make_layout(groups)), attention_by_loop(q, k, v, visible_rows(groups))
+    packed = attention(q, k, v, make_layout(groups))
+    loop = attention_by_loop(q, k, v, visible_rows(groups))
     torch.testing.assert_close(packed, loop, rtol=0, atol=1e-13)
     for ours, theirs in zip(gradients(packed, (q, k, v)), gradients(loop, (q, k, v))):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
@@ -70,18 +72,21 @@ def test_random_ragged_layouts_agree_with_the_loop():
         groups = [(rng.randint(1, 6), [rng.randint(1, 5) for _ in range(rng.randint(0, 3))])
                   for _ in range(rng.randint(1, 4))]
         q, k, v = random_qkv(groups, seed)
+        packed = attention(q, k, v, make_layout(groups))
         loop = attention_by_loop(q, k, v, visible_rows(groups))
-        torch.testing.assert_close(attention(q, k, v, make_layout(groups)), loop, rtol=0, atol=1e-13)
+        torch.testing.assert_close(packed, loop, rtol=0, atol=1e-13)
 
 
 def test_a_shared_prompt_is_G_copies_whose_prompt_gradients_add_up():
     P, lengths = 5, [3, 1, 4]
     q, k, v = random_qkv([(P, lengths)])
     ends = torch.tensor(lengths).cumsum(0) + P
-    rows = [torch.cat([torch.arange(P), torch.arange(end - R, end)]) for R, end in zip(lengths, ends)]
+    rows = [torch.cat([torch.arange(P), torch.arange(end - R, end)])
+            for R, end in zip(lengths, ends)]
     copies = [tuple(x.detach()[r].requires_grad_() for x in (q, k, v)) for r in rows]
     shared = attention(q, k, v, make_layout([(P, lengths)]))
-    weights = torch.randn(shared.shape, dtype=shared.dtype, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(shared.shape, dtype=shared.dtype, generator=generator)
     weights[:P] = 0  # the loss of RPT is on rollout tokens; the prompt is reached through them
     shared_gradients = torch.autograd.grad((shared * weights).sum(), (q, k, v))
     summed = [torch.zeros_like(x) for x in (q, k, v)]
@@ -124,8 +129,9 @@ def test_the_rows_of_the_picture():
     # rows        0-2 prompt, 3-4, 5   6-7 prompt   8 prompt, 9-11
     layout = make_layout([(3, [2, 1]), (2, []), (1, [3])])
     assert layout.positions.tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 0, 1, 2, 3]
-    assert layout.response_rows.tolist() == [3, 4, 5, 9, 10, 11]
-    assert layout.predict_rows.tolist() == [2, 3, 2, 8, 9, 10]  # row 2, the end of prompt a, predicts twice
+    assert layout.rollout_rows.tolist() == [3, 4, 5, 9, 10, 11]
+    # Row 2, the end of prompt a, predicts twice.
+    assert layout.predict_rows.tolist() == [2, 3, 2, 8, 9, 10]
     assert layout.last_rows.tolist() == [2, 7, 8]
     assert layout.owner.tolist() == [0, 0, 2]
     assert layout.prompt_lens.tolist() == [3, 2, 1] and layout.rollout_lens.tolist() == [2, 1, 3]
@@ -133,5 +139,6 @@ def test_the_rows_of_the_picture():
 
 def test_a_layout_without_rollouts_predicts_nothing():
     layout = make_layout([(3, []), (2, [])])
-    assert layout.predict_rows.tolist() == layout.response_rows.tolist() == []
-    assert layout.predict_rows.dtype == layout.owner.dtype == layout.rollout_lens.dtype == torch.long
+    assert layout.predict_rows.tolist() == layout.rollout_rows.tolist() == []
+    for rows in (layout.predict_rows, layout.owner, layout.rollout_lens):
+        assert rows.dtype == torch.long

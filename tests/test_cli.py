@@ -15,8 +15,8 @@ from model import GPT
 from tiny import ENVIRONMENT, ROOT, base, corpus, run_here
 
 HELP = {  # what a reader looks for: the unit, and what happens without the flag
-    "train_rpt.py": ["above this entropy, nats (default: 1.0)", "tokens of a response (default: 8192)",
-                     "learning rate of AdamW(0.9, 0.999), constant (default: 1e-06)"],
+    "train_rpt.py": ["above this entropy, nats (default: 1.0)", "tokens of a rollout (default: 8192)",
+                     "learning rate of AdamW, constant (default: 1e-06)"],
     "train_ntp.py": ["updates (default: 1000)", "documents in an update (default: "],
     "eval.py": ["held-out positions for each split (default: 200)", "thoughts for each position (default:"],
     "sample.py": ["--n ", "default"],
@@ -129,9 +129,9 @@ def test_a_corpus_without_scores_names_the_command_that_makes_them(fails, corpus
 
 
 BAD_NUMBERS = [
-    ("train_rpt.py", "0 -1", "steps batch-size rollouts max-new-tokens max-prompt-tokens max-rounds max-rows "
+    ("train_rpt.py", "0 -1", "steps batch-size rollouts max-new-tokens max-prompt-tokens max-rows "
                              "updates-per-batch tokens-per-micro-batch save-every temperature"),
-    ("train_rpt.py", "-1", "lr seed entropy-threshold weight-decay clip-low"),
+    ("train_rpt.py", "-1", "lr seed entropy-threshold clip-low"),
     ("train_rpt.py", "nan inf", "temperature lr entropy-threshold"),
     ("train_ntp.py", "0", "steps tokens-per-micro-batch save-every max-tokens"),
     ("train_ntp.py", "-1", "documents-per-step strings-per-step lr seed warmup-steps"),
@@ -154,7 +154,7 @@ def test_kernels_that_do_not_exist_or_cannot_run_here_are_refused(fails, use_ker
     fails("'quick' is none of torch, fast, bitwise", "train_rpt.py", "--kernels", "quick")
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     fails("fast: Triton kernels need a GPU, the device is cpu", "train_rpt.py", "--kernels", "fast")
-    kernels.asked = "bitwise"  # as the environment would have it
+    kernels.requested = "bitwise"  # as the environment would have it
     fails("NANORPT_KERNELS) bitwise: Triton kernels need a GPU", "train_rpt.py")
 
 

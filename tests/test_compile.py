@@ -1,4 +1,4 @@
-"""Every kernel compiles for Hopper, without a GPU, to code that can be fast; bitwise pairs to the same products.
+"""Every kernel compiles for Hopper, without a GPU, to code that can be fast.
 
 The installed Triton is the one that is asked; PYTHONPATH may put another in front.
 """
@@ -12,13 +12,16 @@ import pytest
 pytest.importorskip("triton")
 from tiny import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def report():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     ran = subprocess.run([sys.executable, "bench/compile.py", "--json"], cwd=ROOT, env=environment,
                          capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr  # spills, shared memory, serialised wgmma, no HGMMA: named there
+    # What spills, does not fit, waits or misses the tensor cores is named on stderr.
+    assert ran.returncode == 0, ran.stderr
     return json.loads(ran.stdout)
 
 
@@ -28,12 +31,18 @@ def find(report, kernel, **wanted):
             and all(entry["constants"].get(name) == value for name, value in wanted.items())]
 
 
-def test_every_kernel_was_compiled_in_both_kinds(report):
-    kinds = {(entry["kernel"], entry["options"]["enable_fp_fusion"]) for entry in report}
-    both = "forward_kernel dq_kernel dkv_kernel prefix_kernel suffix_kernel scan combine logits_gradient".split()
-    assert kinds == {(name, fused) for name in both for fused in (True, False)} | {
-        (name, False) for name in ("linear_kernel", "rms_norm_kernel", "swiglu_kernel")}
-    for name in both[:5]:
+IN_BOTH = ("forward_kernel", "dq_kernel", "dkv_kernel", "prefix_kernel", "suffix_kernel",
+           "logprob_scan_kernel", "logprob_combine_kernel", "dlogits_kernel", "sample_scan_kernel",
+           "sample_combine_kernel")
+BITWISE_ONLY = ("linear_kernel", "rms_norm_kernel", "swiglu_kernel")
+
+
+def test_every_kernel_was_compiled_for_both_backends(report):
+    found = {(entry["kernel"], entry["options"]["enable_fp_fusion"]) for entry in report}
+    fast = {(name, True) for name in IN_BOTH}
+    bitwise = {(name, False) for name in IN_BOTH + BITWISE_ONLY}
+    assert found == fast | bitwise
+    for name in IN_BOTH[:5]:
         assert {entry["constants"]["K"] for entry in find(report, name)} == {64, 128}
 
 
@@ -45,17 +54,21 @@ def test_large_tiles_use_the_tensor_cores_and_registers_hold_everything(report):
 
 
 def products(entries):
-    """The tensor-core instructions of kernels, each with how many warps share the columns of a row."""
-    return {tuple(sorted(entry["mma"])) for entry in entries if not entry["options"]["enable_fp_fusion"]}
+    """Tensor-core instructions of bitwise kernels, and how many warps share a row's columns."""
+    bitwise = [entry for entry in entries if not entry["options"]["enable_fp_fusion"]]
+    return {tuple(sorted(entry["mma"])) for entry in bitwise}
 
 
 @pytest.mark.parametrize("K", [64, 128])
 def test_bitwise_sampler_and_trainer_multiply_with_the_same_instruction(report, K):
-    kernels = ("forward_kernel", "prefix_kernel", "suffix_kernel")  # 128 and 64 rows, the same tiles of keys
-    entries = [entry for name in kernels for entry in find(report, name, K=K, BN=64)]
+    # 128 and 64 rows, the same tiles of keys
+    entries = []
+    for name in ("forward_kernel", "prefix_kernel", "suffix_kernel"):
+        entries += find(report, name, K=K, BN=64)
     assert len(entries) >= 3
     [instructions] = products(entries)
     assert len(instructions) > 0
-    for name in ("linear_kernel", "scan"):
-        assert {entry["constants"]["BM"] for entry in find(report, name)} == {64, 128}
+    sizes = dict(linear_kernel={64, 128}, logprob_scan_kernel={128}, sample_scan_kernel={64, 128})
+    for name, rows in sizes.items():
+        assert {entry["constants"]["BM"] for entry in find(report, name)} == rows
         assert products(find(report, name)) == {("v3 16, 128, 16, 1 warps across",)}

@@ -1,82 +1,174 @@
-"""The commands of controls.py without running them, and its table from results written by hand."""
+"""The commands of paper/controls.py without running them, and its table from results by hand."""
+import importlib
 import json
-import re
 import shlex
+import sys
+from argparse import Namespace
 
 import pytest
 
+import demo
 from paper import controls
-import train_rpt
-from tiny import ROOT
 
-WORDS = dict(run="R", seed=3, base="B", base_steps=3000, rpt_steps=150, positions=4800, trained="N T", tuned="B U",
-             rpt_checkpoints="R/rpt/step_000010", ntp="N", rpt="T")
+RUN = "controls/seed-3"
+WORDS = demo.names(Namespace(out_dir=RUN, seed=3))
 
 
-def test_every_flag_exists_and_every_control_starts_from_the_base_and_is_evaluated():
-    commands = [shlex.split(command.format(**WORDS)) for _, command, _ in controls.stages_of(controls.TRAINED)]
-    for script, *words in commands:
-        flags = {word for word in words if word.startswith("--")}
-        assert flags <= set(re.findall(r'add(?:_argument)?\(\s*"(--[a-z-]+)"', (ROOT / script).read_text())), script
-    runs = {words[words.index("--out-dir") + 1]: words for words in commands if "--out-dir" in words}
-    assert set(runs) == {f"R/{name}" for name in ["base", *controls.TRAINED, *(f"tuned-{name}" for name in controls.TUNED)]}
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """The folder RUN below the current one; each of its runs has stopped at step 7."""
+    monkeypatch.chdir(tmp_path)
+    for name in [*controls.TRAINED, *(f"tuned-{name}" for name in controls.TUNED)]:
+        folder = tmp_path / RUN / name
+        folder.mkdir(parents=True)
+        (folder / "latest").write_text("step_000007")
+
+
+def commands_of(names):
+    """Script and words of each command, from the corpus to the table."""
+    stages = sum((make(RUN, 3, names) for make in (
+        controls.training, controls.measuring, controls.tuning, controls.asking)), [])
+    return [shlex.split(command.format(**WORDS)) for _, command, _ in stages]
+
+
+def parsed(script, words, monkeypatch):
+    """What the script makes of these words."""
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    return vars(module.parse_args())
+
+
+def runs_of(names, monkeypatch):
+    """{run: its parsed command} of everything that is trained."""
+    runs = {}
+    for script, *words in commands_of(names):
+        if "--out-dir" in words:
+            args = parsed(script, words, monkeypatch)
+            runs[args["out_dir"].removeprefix(f"{RUN}/")] = args
+    return runs
+
+
+def test_every_command_parses(finished, monkeypatch):
+    for script, *words in commands_of(controls.TRAINED):
+        assert parsed(script, words, monkeypatch)
+
+
+def test_every_control_starts_from_the_base_and_is_evaluated(finished, monkeypatch):
+    runs = runs_of(controls.TRAINED, monkeypatch)
+    assert set(runs) == {"base", *controls.TRAINED, *(f"tuned-{name}" for name in controls.TUNED)}
     for name in controls.TRAINED:
-        assert runs[f"R/{name}"][runs[f"R/{name}"].index("--init") + 1] == "B"
-    assert runs["R/tuned-ntp"][-1] == "N" and runs["R/tuned-rpt"][-1] == "T"
-    assert runs["R/tuned-longer"][-3:] == ["B", "--steps", "200"]
+        assert runs[name]["init"] == WORDS["base"]
+    evaluated = next(words for words in commands_of(controls.TRAINED) if words[0] == "eval.py")
+    assert evaluated[evaluated.index("--checkpoints") + 1:][:1 + len(controls.TRAINED)] == [
+        WORDS["base"], *(f"{RUN}/{name}/step_000007" for name in controls.TRAINED)]
 
 
-def test_a_variant_differs_from_rpt_in_what_its_flags_say():
-    def parsed(name):
-        command = next(c for _, c, _ in controls.stages_of(["rpt", name]) if f"--out-dir {{run}}/{name} " in c)
-        return vars(train_rpt.parse_args(shlex.split(command.format(**WORDS))[1:]))
-
-    plain = parsed("rpt")
-    differs = {name: {k: v for k, v in parsed(name).items() if v != plain[k] and k not in ("out_dir", "save_every")}
-               for name in controls.VARIANTS}
-    assert differs["no-thought"] == dict(no_thought=True, steps=800) and differs["dense"] == dict(reward="dense")
-    assert differs["G-4"] == dict(rollouts=4, batch_size=64) and differs["G-16"] == dict(rollouts=16, batch_size=16)
-    assert differs["normalised"] == dict(normalize_advantage=True)
-    assert differs["dynamic"] == dict(dynamic_sampling_from=0)
+def test_questions_are_asked_of_each_start_and_of_what_rl_made_of_it(finished, monkeypatch):
+    runs = runs_of(["rpt", "ntp"], monkeypatch)
+    starts = {name: (runs[f"tuned-{name}"]["init"], runs[f"tuned-{name}"]["steps"])
+              for name in controls.TUNED}
+    assert starts == dict(base=(WORDS["base"], 50), ntp=(f"{RUN}/ntp/step_000007", 50),
+                          rpt=(f"{RUN}/rpt/step_000007", 50), longer=(WORDS["base"], 200))
+    asked = commands_of(["rpt", "ntp"])[-1]
+    names = "tuned-base ntp tuned-ntp rpt tuned-rpt tuned-longer".split()
+    assert asked[asked.index("--checkpoints") + 1:] == [
+        WORDS["base"], *(f"{RUN}/{name}/step_000007" for name in names)]
 
 
-def test_the_table_has_the_mean_of_the_seeds_and_each_of_them(tmp_path):
-    for seed, shift in ((0, 0), (1, 2)):
-        run = tmp_path / f"seed-{seed}"
-        (run / "rpt").mkdir(parents=True)
-        (run / "rpt" / "metrics.jsonl").write_text('{"flops": 1e9}\n{"flops": 2e9}\n')
-        line = lambda name, mode, accuracy, **more: dict(checkpoint=f"{run}/{name}/step_000001", mode=mode,
-                                                         accuracy=accuracy + shift, **more)
-        (run / "results.json").write_text(json.dumps(
-            [line(name, mode, accuracy, split=split, pass_at_k=90)
-             for name, (ntp, reasoning) in dict(base=(20, 50), rpt=(21, 97)).items()
-             for mode, accuracy in (("ntp", ntp), ("reasoning", reasoning)) for split in ("medium", "hard")]))
-        (run / "answers.json").write_text(json.dumps([line(name, "reasoning", accuracy) for name, accuracy in
-                                                      {"base": 10, "tuned-base": 30, "rpt": 40}.items()]))
-    rows = controls.table(tmp_path, [0, 1]).splitlines()
-    assert "| base | 21.0 (20.0, 22.0) | 51.0 (50.0, 52.0) | 90.0 (90.0, 90.0) | - | 0.0e+00 |" in rows
-    assert "| rpt | 22.0 (21.0, 23.0) | 98.0 (97.0, 99.0) | 90.0 (90.0, 90.0) | - | 3.0e+09 |" in rows
-    assert "| base | 11.0 (10.0, 12.0) | 31.0 (30.0, 32.0) | 0.0e+00 |" in rows
-    assert "| rpt | 41.0 (40.0, 42.0) | - | 3.0e+09 |" in rows and "| ntp | - | - | 0.0e+00 |" in rows
+def test_a_variant_differs_from_rpt_in_what_its_flags_say(finished, monkeypatch):
+    runs = runs_of(controls.TRAINED, monkeypatch)
+    differs = {}
+    for name in controls.VARIANTS:
+        differs[name] = {key: value for key, value in runs[name].items()
+                         if value != runs["rpt"][key] and key not in ("out_dir", "save_every")}
+    assert differs == {
+        "no-thought": dict(objective="no_thought", steps=800),
+        "first-token": dict(objective="first_token"),
+        "dense": dict(objective="dense"),
+        "conditional-dense": dict(objective="conditional_dense"),
+        "G-4": dict(rollouts=4, batch_size=64),
+        "G-16": dict(rollouts=16, batch_size=16),
+        "all-positions": dict(entropy_threshold=0),
+        "hard-positions": dict(entropy_threshold=1.5),
+        "dynamic": dict(dynamic_sampling_from=0),
+        "normalised": dict(normalize_advantage=True)}
+
+
+def test_every_fitted_checkpoint_is_one_that_rpt_saves(finished, monkeypatch):
+    rpt = runs_of(["rpt"], monkeypatch)["rpt"]
+    for step in controls.FITTED:
+        assert step % rpt["save_every"] == 0 and step <= rpt["steps"]
+
+
+def test_all_documents_are_scored_and_rollouts_are_as_many_as_in_rpt(finished, monkeypatch):
+    rpt = runs_of(["rpt"], monkeypatch)["rpt"]
+    words_of = {script: words for script, *words in commands_of(["rpt", "sft-own"])}
+    assert parsed("data/filter.py", words_of["data/filter.py"], monkeypatch)["documents"] == 0
+    own = parsed("paper/own_rollouts.py", words_of["paper/own_rollouts.py"], monkeypatch)
+    assert own["init"] == WORDS["base"] and own["count"] == rpt["steps"] * rpt["batch_size"]
+    for same in ("rollouts", "max_new_tokens", "temperature", "entropy_threshold", "template"):
+        assert own[same] == rpt[same]
 
 
 @pytest.mark.parametrize("name", controls.TRAINED)
-def test_one_control_alone_needs_no_other(name):
-    stages = controls.stages_of(list(dict.fromkeys(["rpt", name])))
-    made = {command.split("--out-dir {run}/")[1].split()[0] for _, command, _ in stages if "--out-dir" in command}
-    tuned = {"tuned-base", "tuned-rpt", "tuned-longer"} | ({"tuned-ntp"} if name == "ntp" else set())
-    assert made == {"base", "rpt", name} | tuned
+def test_one_control_alone_needs_no_other(finished, name, monkeypatch):
+    made = set(runs_of(list(dict.fromkeys(["rpt", name])), monkeypatch))
+    questions = {"tuned-base", "tuned-rpt", "tuned-longer"}
+    if name == "ntp":
+        questions.add("tuned-ntp")
+    assert made == {"base", "rpt", name} | questions
+
+
+def results_line(run, name, accuracy, **more):
+    return dict(checkpoint=f"{run}/{name}/step_000001", mode="reasoning", accuracy=accuracy) | more
+
+
+def write_results(run, shift):
+    """Base and rpt, guessing and thinking, on two splits; questions before and after RL."""
+    (run / "rpt").mkdir(parents=True)
+    (run / "rpt" / "metrics.jsonl").write_text('{"flops": 1e9}\n{"flops": 2e9}\n')
+    results = []
+    for split in ("medium", "hard"):
+        for name, guessing, thinking in (("base", 20, 50), ("rpt", 21, 97)):
+            more = dict(split=split, pass_at_k=90)
+            results += [results_line(run, name, guessing + shift, mode="ntp", **more),
+                        results_line(run, name, thinking + shift, **more)]
+    (run / "results.json").write_text(json.dumps(results))
+    answers = {"base": 10, "tuned-base": 30, "rpt": 40}
+    (run / "answers.json").write_text(json.dumps(
+        [results_line(run, name, accuracy + shift) for name, accuracy in answers.items()]))
+
+
+def test_the_table_has_the_mean_of_the_seeds_and_each_of_them(tmp_path):
+    write_results(tmp_path / "seed-0", shift=0)
+    write_results(tmp_path / "seed-1", shift=2)
+    rows = controls.table(tmp_path, [0, 1]).splitlines()
+    assert rows[2:] == [
+        "| base | 21.0 (20.0, 22.0) | 51.0 (50.0, 52.0) | 90.0 (90.0, 90.0) | - | 0.0e+00 |",
+        "| rpt | 22.0 (21.0, 23.0) | 98.0 (97.0, 99.0) | 90.0 (90.0, 90.0) | - | 3.0e+09 |",
+        "",
+        "| questions, from | before RL | after RL | FLOPs after the base |",
+        "|---|---|---|---|",
+        "| base | 11.0 (10.0, 12.0) | 31.0 (30.0, 32.0) | 0.0e+00 |",
+        "| ntp | - | - | 0.0e+00 |",
+        "| rpt | 41.0 (40.0, 42.0) | - | 3.0e+09 |",
+        "| longer | - | - | 0.0e+00 |"]
 
 
 def test_a_table_of_fewer_controls_is_made_again_and_a_complete_one_is_kept(tmp_path):
     def write(file, *names):
-        (tmp_path / file).write_text(json.dumps([dict(checkpoint=f"{tmp_path}/{name}/step_000001") for name in names]))
+        lines = [results_line(tmp_path, name, 50) for name in names]
+        (tmp_path / file).write_text(json.dumps(lines))
+
+    def left():
+        return {path.name for path in tmp_path.iterdir()}
 
     write("results.json", "base", "rpt", "ntp")
     write("answers.json", "base", "tuned-base", "rpt", "tuned-rpt", "tuned-longer")
     controls.forget_tables(tmp_path, ["rpt"])
-    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "answers.json"}
-    controls.forget_tables(tmp_path, ["rpt", "ntp"])  # ntp is to be trained on questions too
-    assert {path.name for path in tmp_path.iterdir()} == {"results.json"}
+    assert left() == {"results.json", "answers.json"}
+    # From ntp RL on questions is to start too.
+    controls.forget_tables(tmp_path, ["rpt", "ntp"])
+    assert left() == {"results.json"}
     controls.forget_tables(tmp_path, ["rpt", "ntp", "G-4"])
-    assert not list(tmp_path.iterdir())
+    assert left() == set()

@@ -1,22 +1,23 @@
-"""Entropies against transformers, prompts id by id, the embedded corpus against another arithmetic."""
+"""Entropies against transformers, prompts id by id, the embedded corpus by other arithmetic."""
 import json
 import random
 import re
-from functools import reduce
 
 import numpy as np
 import pytest
 import torch
 
-import data.toy as embedded
 from data import filter as entropy_filter
-from data.toy import WORDS, think, think_string, write_document
-from data.filter import find_scores, load_positions, score_corpus, score_document, scores_path
-from data.prepare import load_corpus, write_corpus
+from data import toy
+from data.corpus import load_corpus, write_corpus
+from data.filter import score_corpus, score_document
+from data.positions import find_scores, load_positions, scores_path
 from data.prompt import TEMPLATES, build_prompt, stop_ids, template_ids
-from data.warmstart import write_string
+from data.questions import read_questions
+from data.sums import WORDS, write_document
 from data.tokenizer import Tokenizer
-from eval_tasks import read_questions
+from data.toy import think, think_string
+from data.warmstart import candidate_string
 from model import GPT
 from reward import extract_prediction, prefix_match
 from tiny import base, corpus, run_here, tiny_model
@@ -40,20 +41,23 @@ def save_proxy(folder, tokenizer, max_positions=128, seed=0):
     return folder
 
 
-# ---- filter ------------------------------------------------------------------------------------------------
+# ---- filter ----
 
 def test_entropies_are_those_of_transformers_also_beyond_the_models_positions(tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers")
     rng, window = random.Random(1), 24
-    documents = [("", "".join(sum((write_document(rng)[:2] for _ in range(n)), ()))) for n in (1, 3, 12)]
-    documents += [write_document(rng)[:2]]
+    documents = []
+    for n in (1, 3, 12):
+        pairs = [write_document(rng)[:2] for _ in range(n)]
+        documents.append(("", "".join(problem + solution for problem, solution in pairs)))
+    documents.append(write_document(rng)[:2])
     corpus = write_corpus(documents, tokenizer, tmp_path / "corpus")
     proxy = save_proxy(tmp_path / "proxy", tokenizer, max_positions=window)
     scores = np.load(score_corpus(corpus, proxy))
     model = transformers.AutoModelForCausalLM.from_pretrained(proxy, dtype=torch.float32).eval()
     checked = 0
     for start, solution, end, _ in corpus.docs:
-        at = solution  # windows as the docstring has them: a half of context, then what is scored
+        at = solution  # windows: half of context, then what is scored
         while at < end:
             first = max(start, min(at - window // 2, end - window))
             ids = corpus.tokens[first:min(first + window, end)].astype(np.int64)
@@ -61,7 +65,7 @@ def test_entropies_are_those_of_transformers_also_beyond_the_models_positions(to
                 probs = model(torch.tensor(ids[None])).logits[0].double().softmax(dim=-1)
             for t in range(at, first + len(ids)):
                 p = probs[t - 1 - first]
-                top = p.sort(descending=True).values[:16]  # of the full softmax: these do not add up to 1
+                top = p.sort(descending=True).values[:16]  # they do not add up to 1
                 assert scores[t, 0] == pytest.approx(-(top * top.log()).sum().item(), abs=1e-4)
                 assert scores[t, 1] == (p.argmax() == corpus.tokens[t])
                 checked += 1
@@ -99,10 +103,11 @@ def test_interrupted_scoring_goes_on_where_it_stopped(corpus, base, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         score_corpus(folder, base)
     partial = np.load(scores_path(folder, base))
-    done = sorted(corpus.docs.tolist(), key=lambda doc: doc[3])[:19]  # training documents come first
+    # Training documents come first.
+    done = sorted(corpus.docs.tolist(), key=lambda doc: doc[3])[:19]
     assert (~np.isnan(partial[:, 0])).sum() == sum(end - solution for _, solution, end, _ in done)
     path = score_corpus(folder, base)
-    assert len(calls) == len(corpus.docs) + 1  # only the document that was interrupted came twice
+    assert len(calls) == len(corpus.docs) + 1  # the interrupted one came twice
     assert np.array_equal(np.load(path), np.load(find_scores(corpus)), equal_nan=True)
     score_corpus(folder, base)
     assert len(calls) == len(corpus.docs) + 1  # all there: nothing to do
@@ -118,11 +123,12 @@ def test_another_proxy_has_another_file_and_a_copy_the_same(corpus, base, tokeni
     other = save_proxy(tmp_path / "other", tokenizer)
     model = GPT.from_pretrained(base)
     model.save_pretrained(tmp_path / "copy")
-    assert scores_path(corpus, tmp_path / "copy") == scores_path(corpus, base) != scores_path(corpus, other)
+    path = scores_path(corpus, base)
+    assert scores_path(corpus, tmp_path / "copy") == path != scores_path(corpus, other)
     with torch.no_grad():
         model.norm.weight[0] += 1
     model.save_pretrained(tmp_path / "copy")
-    assert scores_path(corpus, tmp_path / "copy") != scores_path(corpus, base)
+    assert scores_path(corpus, tmp_path / "copy") != path
 
 
 def test_two_proxies_have_to_be_told_apart(corpus, base, tokenizer, tmp_path):
@@ -142,14 +148,18 @@ def test_two_proxies_have_to_be_told_apart(corpus, base, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("threshold", [-1, 0.3, 1.0])
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_positions_are_solution_tokens_of_the_right_side_above_the_threshold(corpus, threshold, split):
+def test_positions_are_solution_tokens_of_a_split_above_the_threshold(corpus, threshold, split):
     entropy = np.load(find_scores(corpus))[:, 0]
-    expected = [(t, start, end) for start, solution, end, is_val in corpus.docs if is_val == (split == "val")
-                for t in range(max(solution, start + 1), end) if entropy[t] > threshold]
-    assert list(map(tuple, load_positions(corpus, find_scores(corpus), threshold, split))) == expected != []
+    expected = []
+    for start, solution, end, is_val in corpus.docs:
+        if is_val == (split == "val"):
+            tokens = range(max(solution, start + 1), end)
+            expected += [(t, start, end) for t in tokens if entropy[t] > threshold]
+    positions = load_positions(corpus, find_scores(corpus), threshold, split)
+    assert list(map(tuple, positions)) == expected != []
 
 
-def test_plain_text_has_no_question_without_a_context(tokenizer, base, tmp_path):
+def test_in_plain_text_every_position_has_a_context(tokenizer, base, tmp_path):
     texts = [("", "The digit is even, namely zero."), ("", "Problem: three")]
     corpus = write_corpus(texts, tokenizer, tmp_path / "corpus")
     positions = load_positions(corpus, score_corpus(corpus, base), -1, "train")
@@ -157,12 +167,13 @@ def test_plain_text_has_no_question_without_a_context(tokenizer, base, tmp_path)
     assert positions[:, 0].tolist() == list(range(start + 1, end))
 
 
-# ---- prompt ------------------------------------------------------------------------------------------------
+# ---- prompt ----
 
 @pytest.fixture(scope="module")
 def chat_tokenizer(tokenizer):
-    special = ("<think>", "</think>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
-    return Tokenizer(tokenizer.ranks, {text: 600 + i for i, text in enumerate(special)}, tokenizer.pattern)
+    texts = ("<think>", "</think>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    special = {text: 600 + i for i, text in enumerate(texts)}
+    return Tokenizer(tokenizer.ranks, special, tokenizer.pattern)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -189,10 +200,11 @@ def test_a_long_context_loses_its_beginning(tokenizer):
     assert build_prompt(context, before, after, 53) == build_prompt(context, before, after, 999)
 
 
-@pytest.mark.parametrize("room", [3, 0, -50])
-def test_a_template_that_leaves_no_room_says_so(room):
-    with pytest.raises(ValueError, match=f"takes 3 tokens, the prompt may have {room}: no room for context"):
-        build_prompt([1, 2], [100, 101], [102], room)
+@pytest.mark.parametrize("longest", [3, 0, -50])
+def test_a_template_leaves_room_for_context_or_is_refused(longest):
+    complaint = f"takes 3 tokens, the prompt may have {longest}: no room for context"
+    with pytest.raises(ValueError, match=complaint):
+        build_prompt([1, 2], [100, 101], [102], longest)
 
 
 def test_an_unknown_template_is_named_with_the_known_ones(tokenizer):
@@ -217,14 +229,17 @@ def test_short_has_no_turns_and_every_end_of_turn_stops(chat_tokenizer, tokenize
     assert stop_ids(tokenizer) == [tokenizer.eos_id]
 
 
-# ---- the embedded corpus -----------------------------------------------------------------------------------
+# ---- the embedded corpus ----
 
 def left_to_right(expression):
     """'5+3*7' -> (5 + 3) * 7 mod 10, by another route than the generator's."""
     first, *operations = re.findall(r"^\d|[+*]\d+", expression)
     assert first + "".join(operations) == expression
-    step = lambda x, op: x + int(op[1:]) if op[0] == "+" else x * int(op[1:])
-    return reduce(step, operations, int(first)) % 10
+    value = int(first)
+    for sign, *digits in operations:
+        operand = int("".join(digits))
+        value = value + operand if sign == "+" else value * operand
+    return value % 10
 
 
 def test_the_answer_of_every_document_is_right():
@@ -239,8 +254,8 @@ def test_the_answer_of_every_document_is_right():
 
 
 @pytest.mark.parametrize("wrong", [0.0, 1.0])
-def test_a_thought_is_right_unless_it_slips_and_slips_once(monkeypatch, wrong):
-    monkeypatch.setattr(embedded, "WRONG", wrong)
+def test_a_thought_is_right_or_slips_once(monkeypatch, wrong):
+    monkeypatch.setattr(toy, "WRONG", wrong)
     rng, slips = random.Random(3), []
     for _ in range(200):
         problem, _, start, operations = write_document(rng)
@@ -255,39 +270,44 @@ def test_a_thought_is_right_unless_it_slips_and_slips_once(monkeypatch, wrong):
 
 @pytest.mark.parametrize("skipped", [0.0, 1.0])
 def test_the_box_is_the_truth_where_nobody_slipped(tokenizer, monkeypatch, skipped):
-    monkeypatch.setattr(embedded, "SKIPPED", skipped)
-    monkeypatch.setattr(embedded, "WRONG", 0.0)
+    monkeypatch.setattr(toy, "SKIPPED", skipped)
+    monkeypatch.setattr(toy, "WRONG", 0.0)
     rng = random.Random(5)
     for _ in range(200):
         document = write_document(rng)
         prompt, response = think_string(rng, tokenizer, document)
         ids = tokenizer.encode(document[0]) + tokenizer.encode(document[1])
         t = len(prompt) - 1
-        assert prompt == ids[:t] + [tokenizer.special["<think>"]] and response[-1] == tokenizer.eos_id
+        assert prompt == ids[:t] + [tokenizer.special["<think>"]]
+        assert response[-1] == tokenizer.eos_id
         assert t >= len(tokenizer.encode(document[0]))
         text = tokenizer.decode_bytes(response)
         assert text.startswith(b"</think>") == (skipped == 1)
         assert extract_prediction(text) == tokenizer.token_bytes(ids[t])
 
 
+def make_toy(folder, documents, seed):
+    done = run_here("data/toy.py", "--out", folder, "--documents", documents, "--seed", seed)
+    assert (done[0], done[2]) == (0, "")
+    return folder
+
+
 def test_questions_are_answered_right_and_stand_in_no_document(tokenizer, tmp_path):
-    assert run_here("data/toy.py", "--out", tmp_path / "corpus", "--documents", 300, "--seed", 1)[0] == 0
-    corpus = load_corpus(tmp_path / "corpus")
-    text = tokenizer.decode_bytes(corpus.tokens.tolist()).decode()
-    asked = [read_questions(tmp_path / "corpus" / name) for name in ("questions.jsonl", "questions_val.jsonl")]
-    assert [len(questions) for questions in asked] == [2000, 200]
-    sums = [re.search(r"\d[\d+*]+", question)[0] for questions in asked for question, _ in questions]
-    assert len(set(sums)) == 2200 and not set(sums) & set(re.findall(r"\d[\d+*]+", text))
-    for question, answer in sum(asked, []):
+    folder = make_toy(tmp_path / "corpus", documents=300, seed=1)
+    text = tokenizer.decode_bytes(load_corpus(folder).tokens.tolist()).decode()
+    train = read_questions(folder / "questions.jsonl")
+    val = read_questions(folder / "questions_val.jsonl")
+    assert (len(train), len(val)) == (2000, 200)
+    sums = {re.search(r"\d[\d+*]+", question)[0] for question, _ in train + val}
+    assert len(sums) == 2200 and not sums & set(re.findall(r"\d[\d+*]+", text))
+    for question, answer in train + val:
         expression = re.search(r"\d[\d+*]+", question)[0]
         assert WORDS.index(answer) == left_to_right(expression) and len(expression) in (11, 13)
         assert question.split("\n")[0] not in text and question.endswith("namely")
 
 
-def test_no_string_comes_from_a_validation_document(tokenizer, tmp_path):
-    code, _, err = run_here("data/toy.py", "--out", tmp_path / "corpus", "--documents", 200, "--seed", 1)
-    assert (code, err) == (0, "")
-    corpus = load_corpus(tmp_path / "corpus")
+def test_strings_come_from_training_documents_alone(tokenizer, tmp_path):
+    corpus = load_corpus(make_toy(tmp_path / "corpus", documents=200, seed=1))
     texts = {0: [], 1: []}
     for start, _, end, is_val in corpus.docs:
         texts[is_val].append(tokenizer.decode_bytes(corpus.tokens[start:end].tolist()))
@@ -300,14 +320,16 @@ def test_no_string_comes_from_a_validation_document(tokenizer, tmp_path):
 
 
 def test_the_same_seed_writes_the_same_corpus(tmp_path):
+    contents = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert run_here("data/toy.py", "--out", tmp_path / name, "--documents", 50, "--seed", seed)[0] == 0
-    files = ("tokens.bin", "docs.npy", "strings.jsonl")
-    read = lambda name: [(tmp_path / name / file).read_bytes() for file in files]
-    assert read("a") == read("b") and read("a")[0] != read("c")[0]
+        folder = make_toy(tmp_path / name, documents=50, seed=seed)
+        files = ("tokens.bin", "docs.npy", "strings.jsonl")
+        contents.append([(folder / file).read_bytes() for file in files])
+    first, again, other = contents
+    assert first == again and first[0] != other[0]
 
 
-# ---- strings -----------------------------------------------------------------------------------------------
+# ---- strings ----
 
 def test_every_string_ends_with_eos_and_earns_the_reward(corpus, base, tmp_path):
     code, out, err = run_here("data/warmstart.py", "--corpus", corpus.folder, "--proxy", base,
@@ -315,32 +337,37 @@ def test_every_string_ends_with_eos_and_earns_the_reward(corpus, base, tmp_path)
                               "--out", tmp_path / "strings.jsonl")
     assert (code, err) == (0, "") and "60 strings written" in out
     tokenizer = Tokenizer.load(base)
-    train = {tuple(corpus.tokens[start:t]): [tokenizer.token_bytes(int(id)) for id in corpus.tokens[t:end]]
-             for t, start, end in load_positions(corpus, find_scores(corpus), 0, "train")}
+    truths = {}
+    for t, start, end in load_positions(corpus, find_scores(corpus), 0, "train"):
+        truth = [tokenizer.token_bytes(int(id)) for id in corpus.tokens[t:end]]
+        truths[tuple(corpus.tokens[start:t])] = truth
     for record in map(json.loads, (tmp_path / "strings.jsonl").open()):
-        truth = train[tuple(record["prompt"][:-1])]
+        truth = truths[tuple(record["prompt"][:-1])]
         text = tokenizer.decode_bytes(record["response"])
         assert record["response"][-1] == tokenizer.eos_id and record["text"].encode() == text
-        assert extract_prediction(text) == truth[0] and prefix_match(extract_prediction(text), truth) == 1.0
+        prediction = extract_prediction(text)
+        assert prediction == truth[0] and prefix_match(prediction, truth) == 1.0
         candidates = record["text"].split("It may go on with ")[1].split("Most likely")[0]
         assert json.dumps(truth[0].decode()) in candidates
 
 
-def test_bytes_that_do_not_fit_into_a_box_or_a_text_make_no_string(base):
+def test_a_string_boxes_the_truth_or_is_not_written(base):
     model, tokenizer = GPT.from_pretrained(base), Tokenizer.load(base)
     context = tokenizer.encode("Problem: Mia works out 3+4")
 
-    def write(raw):
-        return write_string(random.Random(0), model, tokenizer, context, tokenizer.ranks[raw], ([], [1]), 99)
-
-    assert write(b"}") is None and write(b"\xc3") is None
-    for raw in (b"{", b"\\", b" ", b"\n", b'"', b"e"):
-        assert extract_prediction(write(raw)["text"].encode()) == raw
+    for raw in (b"{", b"\\", b" ", b"\n", b'"', b"e", b"}", b"\xc3"):
+        truth = tokenizer.ranks[raw]
+        string = candidate_string(random.Random(0), model, tokenizer, context, truth, ([], [1]), 99)
+        if raw in (b"}", b"\xc3"):  # fits no box; no text
+            assert string is None
+        else:
+            assert extract_prediction(string["text"].encode()) == raw
 
 
 def test_a_string_fits_into_the_models_positions(base):
     model, tokenizer = GPT.from_pretrained(base), Tokenizer.load(base)
     context = tokenizer.encode("Problem: Mia works out 3+4 " * 40)
-    string = write_string(random.Random(0), model, tokenizer, context, context[0], ([7, 8], [9]), 512)
+    truth, template = context[0], ([7, 8], [9])
+    string = candidate_string(random.Random(0), model, tokenizer, context, truth, template, 512)
     assert len(string["prompt"] + string["response"]) == model.config.max_positions
     assert string["prompt"][:2] == [7, 8] and string["prompt"][-2:] == [context[-1], 9]

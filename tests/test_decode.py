@@ -1,4 +1,5 @@
-"""One-token attention over the cache: against a loop in fp64, and bit for bit against the trainer's attention."""
+"""One-token attention over the cache: against its plain definition in fp64, and bit for bit against
+the trainer's attention."""
 import random
 
 import pytest
@@ -8,20 +9,20 @@ pytest.importorskip("triton")
 from conftest import DEVICE
 from interpreter import canaries, guarded, shuffled_grid
 from kernels.attention import attention, make_layout
-from kernels.decode import Rows, decode
+from kernels.decode import Rows, decode, decode_reference, decode_torch
 
 BN = 16  # keys of a tile at head size 16: the lengths around it are where masks go wrong
 PROMPTS = [5, BN, 2 * BN + 1, 1, BN - 1]
-ROWS = [(0, 3), (2, BN), (1, 1), (2, BN + 1), (4, 2 * BN), (-1, 0), (2, BN - 1), (0, 7), (3, 1)]  # slot, length
+# Slot of the prompt (-1: idle) and own tokens of each row.
+ROWS = [(0, 3), (2, BN), (1, 1), (2, BN + 1), (4, 2 * BN), (-1, 0), (2, BN - 1), (0, 7), (3, 1)]
 
 
 def random_cache(prompts=PROMPTS, rows=ROWS, H=4, Hkv=2, K=16, dtype=torch.float32, seed=0):
     """q, the four caches with NaN behind every length, and Rows."""
     generator = torch.Generator().manual_seed(seed)
-    make = lambda *shape: torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
     P, R = max(prompts) + 3, max(length for _, length in rows) + 2
-    shapes = [(len(prompts), Hkv, P, K)] * 2 + [(len(rows), Hkv, R, K)] * 2
-    caches = [make(*shape) for shape in shapes]
+    shapes = [(len(prompts), Hkv, P, K)] * 2 + [(len(rows), Hkv, R, K)] * 2 + [(len(rows), H, K)]
+    *caches, q = (torch.randn(shape, generator=generator).to(dtype).to(DEVICE) for shape in shapes)
     for cache in caches[:2]:
         for slot, length in enumerate(prompts):
             cache[slot, :, length:] = float("nan")
@@ -32,22 +33,17 @@ def random_cache(prompts=PROMPTS, rows=ROWS, H=4, Hkv=2, K=16, dtype=torch.float
     table.prompt_lens.copy_(torch.tensor(prompts))
     table.lengths.copy_(torch.tensor([length for _, length in rows]))
     table.place([slot for slot, _ in rows])
-    return make(len(rows), H, K), caches, table
+    return q, caches, table
 
 
-def by_loop(q, caches, rows):
-    """One row and one head at a time, in fp64; an idle row gets zeros."""
-    prompt_k, prompt_v, row_k, row_v = (cache.double() for cache in caches)
-    repeat, out = q.shape[1] // row_k.shape[1], torch.zeros_like(q, dtype=torch.float64)
-    for row in torch.nonzero(rows.busy).flatten().tolist():
-        slot, length = rows.prompt[row].item(), rows.lengths[row].item()
-        size = rows.prompt_lens[slot].item()
-        for head in range(q.shape[1]):
-            h = head // repeat
-            k = torch.cat([prompt_k[slot, h, :size], row_k[row, h, :length]])
-            v = torch.cat([prompt_v[slot, h, :size], row_v[row, h, :length]])
-            out[row, head] = (k @ q[row, head].double() / q.shape[2] ** 0.5).softmax(dim=0) @ v
-    return out
+def exact(q, caches, rows):
+    """The definition in fp64; an idle row gets zeros."""
+    return decode_reference(q.double(), *(cache.double() for cache in caches), rows)
+
+
+def finite(caches):
+    """The torch backend multiplies what a row does not see by zero, so it must be finite there."""
+    return [cache.nan_to_num(nan=9.0) for cache in caches]
 
 
 def error(ours, theirs):
@@ -56,28 +52,52 @@ def error(ours, theirs):
     return distance.item()
 
 
-@pytest.mark.parametrize("kind", ["torch", "fast", "bitwise"])
+@pytest.mark.parametrize("backend", ["fast", "bitwise"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 3e-3)])
 @pytest.mark.parametrize("H, Hkv", [(2, 2), (4, 2), (6, 1), (10, 2)])
-def test_a_row_sees_its_prompt_and_its_own_tokens_and_nothing_else(use_kernels, kind, dtype, tolerance, H, Hkv):
-    use_kernels(kind)
+def test_a_row_sees_its_prompt_and_its_own_tokens_and_nothing_else(
+        use_kernels, backend, dtype, tolerance, H, Hkv):
+    use_kernels(backend)
     q, caches, rows = random_cache(H=H, Hkv=Hkv, dtype=dtype)
-    if kind == "torch":  # it multiplies what it does not see by zero, so the cache must be finite there
-        caches = [cache.nan_to_num(nan=9.0) for cache in caches]
-    busy = rows.busy.bool()
-    out, expected = decode(q, *caches, rows), by_loop(q, caches, rows)
-    assert error(out[busy], expected[busy]) < (0.01 if kind == "torch" and dtype == torch.bfloat16 else tolerance)
-    assert kind == "torch" or (out[~busy] == 0).all()
+    out, busy = decode(q, *caches, rows), rows.busy.bool()
+    assert error(out[busy], exact(q, caches, rows)[busy]) < tolerance
+    assert (out[~busy] == 0).all()
 
 
-@pytest.mark.parametrize("kind", ["torch", "fast", "bitwise"])
-def test_more_rows_of_a_prompt_than_a_program_takes(use_kernels, kind):
-    use_kernels(kind)
+@pytest.mark.parametrize("seed", range(20))
+def test_torch_says_what_the_definition_says(seed):
+    """Ragged prompts, some without rows, shared or not; idle rows; every ratio of heads."""
+    rng = random.Random(seed)
+    prompts = [rng.randint(1, 12) for _ in range(rng.randint(1, 5))]
+    rows = [(0, rng.randint(1, 9))]
+    for _ in range(rng.randint(0, 8)):
+        slot = rng.randrange(-1, len(prompts))
+        rows.append((slot, rng.randint(1, 9) if slot >= 0 else 0))
+    rng.shuffle(rows)
+    H, Hkv = rng.choice([(1, 1), (4, 4), (4, 2), (6, 1)])
+    q, caches, table = random_cache(prompts, rows, H, Hkv, K=8, dtype=torch.float64, seed=seed)
+    out, busy = decode_torch(q, *finite(caches), table), table.busy.bool()
+    # Its softmax is in fp32 whatever its inputs are.
+    assert error(out[busy], exact(q, caches, table)[busy]) < 3e-7
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 0.01)])
+def test_torch_is_as_good_as_its_dtype(use_kernels, dtype, tolerance):
+    use_kernels("torch")
+    q, caches, rows = random_cache(H=6, Hkv=2, dtype=dtype)
+    out, busy = decode(q, *finite(caches), rows), rows.busy.bool()
+    assert out.dtype == dtype and error(out[busy], exact(q, caches, rows)[busy]) < tolerance
+
+
+@pytest.mark.parametrize("backend", ["torch", "fast", "bitwise"])
+def test_more_rows_of_a_prompt_than_a_program_takes(use_kernels, backend):
+    use_kernels(backend)
     rng = random.Random(0)
-    rows = [(rng.choice([0, 0, 0, 1]), rng.randint(1, 5)) for _ in range(75)]  # 32 rows of 2 heads fill a tile
+    # 32 rows of 2 heads fill a tile.
+    rows = [(rng.choice([0, 0, 0, 1]), rng.randint(1, 5)) for _ in range(75)]
     q, caches, table = random_cache([4, 3], rows, H=2, Hkv=1)
-    caches = [cache.nan_to_num() for cache in caches]
-    assert error(decode(q, *caches, table), by_loop(q, caches, table)) < 2e-6
+    assert error(decode(q, *finite(caches), table), exact(q, caches, table)) < 2e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -87,8 +107,8 @@ def test_decoding_gives_the_bits_of_the_training_forward(use_kernels, dtype, H, 
     groups = [(5, [3, 17, 40]), (33, [1, 16]), (64, [15, 66]), (1, [2])]
     layout = make_layout(groups, DEVICE)
     generator = torch.Generator().manual_seed(1)
-    make = lambda heads: torch.randn(len(layout.positions), heads, K, generator=generator).to(dtype).to(DEVICE)
-    q, k, v = make(H), make(Hkv), make(Hkv)
+    q, k, v = (torch.randn(len(layout.positions), heads, K, generator=generator).to(DEVICE, dtype)
+               for heads in (H, Hkv, Hkv))
     trained = attention(q, k, v, layout)
     prompts = [size for size, _ in groups]
     lasts = [(i, length) for i, (_, lengths) in enumerate(groups) for length in lengths]
@@ -104,13 +124,14 @@ def test_decoding_gives_the_bits_of_the_training_forward(use_kernels, dtype, H, 
         rows.lengths.copy_(torch.tensor([max(0, length - back) for _, length in lasts]))
         rows.place(alive)
         chosen = [row for row, slot in enumerate(alive) if slot >= 0]
-        at = torch.stack([layout.rollouts[row, max(0, length - 1 - back)] for row, (_, length) in enumerate(lasts)])
+        at = torch.stack([layout.rollouts[row, max(0, length - 1 - back)]
+                          for row, (_, length) in enumerate(lasts)])
         assert torch.equal(decode(q[at], *caches, rows)[chosen], trained[at][chosen])
 
 
-@pytest.mark.parametrize("kind", ["fast", "bitwise"])
-def test_a_row_has_the_same_bits_alone_and_in_any_company(use_kernels, kind):
-    use_kernels(kind)
+@pytest.mark.parametrize("backend", ["fast", "bitwise"])
+def test_a_row_has_the_same_bits_alone_and_in_any_company(use_kernels, backend):
+    use_kernels(backend)
     q, caches, rows = random_cache()
     together = decode(q, *caches, rows)
     for row, (slot, _) in enumerate(ROWS):
@@ -122,12 +143,14 @@ def test_a_row_has_the_same_bits_alone_and_in_any_company(use_kernels, kind):
             assert torch.equal(decode(q, *caches, alone)[row], together[row])
 
 
-def test_nothing_is_read_or_written_outside_and_no_program_waits_for_another(use_kernels, monkeypatch):
+def test_nothing_is_read_or_written_outside_and_no_program_waits_for_another(
+        use_kernels, monkeypatch):
     use_kernels("fast")
     q, caches, rows = random_cache()
     expected = decode(q, *caches, rows)
     with canaries(monkeypatch):
-        assert torch.equal(decode(guarded(q), *(guarded(cache) for cache in caches), rows), expected)
+        out = decode(guarded(q), *(guarded(cache) for cache in caches), rows)
+    assert torch.equal(out, expected)
     for seed in range(3):
         with shuffled_grid(seed):
             assert torch.equal(decode(q, *caches, rows), expected)
@@ -140,14 +163,15 @@ def test_rows_are_read_afresh_so_a_captured_graph_may_replay(use_kernels):
     rows.place([0, 0, 1, 2, 2, 2, -1, -1, 4])
     rows.lengths.copy_(torch.tensor([1, 2, 3, 4, 5, 6, 0, 0, 7]))
     assert [x.data_ptr() for x in vars(rows).values() if isinstance(x, torch.Tensor)] == tensors
-    caches = [cache.nan_to_num() for cache in caches]
+    caches = finite(caches)
     busy = rows.busy.bool()
-    assert error(decode(q, *caches, rows)[busy], by_loop(q, caches, rows)[busy]) < 2e-6
+    assert error(decode(q, *caches, rows)[busy], exact(q, caches, rows)[busy]) < 2e-6
 
 
 def test_the_work_of_the_prefix_pass():
     rows = Rows(7, 3, 32, "cpu")  # 32 query heads for a KV head: two rows fill a tile
     rows.place([2, 0, -1, 2, 2, 0, 2])
     assert rows.order.tolist() == [2, 1, 5, 0, 3, 4, 6]
-    assert rows.items.tolist() == [[1, 2, 0], [3, 2, 2], [5, 2, 2]] + [[0, 0, 0]] * 4  # first, rows, slot
+    # First place in that order, rows, slot.
+    assert rows.work.tolist() == [[1, 2, 0], [3, 2, 2], [5, 2, 2]] + [[0, 0, 0]] * 4
     assert rows.busy.tolist() == [1, 1, 0, 1, 1, 1, 1]

@@ -1,6 +1,5 @@
-"""Evaluation: accuracies counted again, positions that do not move, intervals that hold what they promise."""
+"""Evaluation: accuracies counted again, positions that do not move, intervals that hold."""
 import json
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,15 +7,16 @@ import pytest
 import torch
 
 import eval as evaluation
-from data.filter import SPLITS, find_scores, load_positions
+from data.positions import SPLITS, choose_positions, find_scores, load_positions
 from data.prompt import stop_ids
 from data.tokenizer import Tokenizer
-from eval import choose_positions, interval, ntp_hits, reasoning_groups
+from eval import interval, ntp_hits, think
 from model import GPT
+from objectives import Group, Question
+from objectives.rpt import predictions as read_boxes
 from reward import extract_prediction, prefix_match
 from sample import generate
 from tiny import base, corpus, run_here, tiny_model
-from task import score
 
 
 def box(content):
@@ -38,40 +38,45 @@ def test_next_token_hits_are_those_of_one_context_at_a_time(corpus, base, room):
 
 
 def test_reasoning_accuracy_is_that_of_the_dumped_responses(corpus, base, tmp_path):
-    code, out, err = run_here("eval.py", "lm", "--corpus", corpus.folder, "--checkpoints", base, "--seed", 3,
-                              "--positions", 30, "--template", "short", "--max-new-tokens", 12,
-                              "--temperature", 1.3, "--out", tmp_path / "results.json",
-                              "--dump", tmp_path / "dump.jsonl")
+    code, out, err = run_here("eval.py", "lm", "--corpus", corpus.folder, "--checkpoints", base,
+                              "--seed", 3, "--positions", 30, "--template", "short",
+                              "--max-new-tokens", 12, "--temperature", 1.3,
+                              "--out", tmp_path / "results.json", "--dump", tmp_path / "dump.jsonl")
     assert (code, err) == (0, "")
     results = json.loads((tmp_path / "results.json").read_text())
     documented = {"checkpoint", "mode", "split", "accuracy", "low", "high", "n", "seed"}
-    assert all(r.keys() >= documented and r["checkpoint"] == base and r["seed"] == 3 for r in results)
     assert {r["mode"] for r in results} == {"ntp", "reasoning"}
-    assert all(0 <= r["low"] <= r["accuracy"] <= r["high"] <= 100 for r in results)
+    for r in results:
+        assert r.keys() >= documented and r["checkpoint"] == base and r["seed"] == 3
+        assert 0 <= r["low"] <= r["accuracy"] <= r["high"] <= 100
 
     positions, splits = choose_positions(corpus, find_scores(corpus), 30, seed=3)
     tokenizer, hits = Tokenizer.load(base), []
     with open(tmp_path / "dump.jsonl") as file:
         for line, (t, _, end) in zip(file, positions, strict=True):
             truth = [tokenizer.token_bytes(int(id)) for id in corpus.tokens[t:end]]
-            hits.append(prefix_match(extract_prediction(json.loads(line)["response"].encode()), truth))
+            response = json.loads(line)["response"].encode()
+            hits.append(prefix_match(extract_prediction(response), truth))
     assert 0 < np.mean(hits) < 1
     for r in results:
         if r["mode"] == "reasoning":
-            assert r["accuracy"] == pytest.approx(100 * np.mean(np.array(hits)[splits[r["split"]]]), abs=0.01)
-            assert r["n"] == len(splits[r["split"]])
+            some = np.array(hits)[splits[r["split"]]]
+            assert r["accuracy"] == pytest.approx(100 * some.mean(), abs=0.01)
+            assert r["n"] == len(some)
 
 
 def test_pass_at_k_counts_positions_accuracy_rollouts_and_hits_of_several_tokens_stand_apart(
         corpus, base, monkeypatch):
     truth, rollouts = [b" a", b"b", b" c"], [SimpleNamespace(tokens=[1] * 6)] * 4
-    predictions = [[b" a", None, b"b", b""], [None, b"a", b" ", b"x"], [b" ab", b" ab c", b" a", None]]
-    groups = [score(SimpleNamespace(decode_bytes=box), SimpleNamespace(truth=truth), row)
-              for row in ([SimpleNamespace(tokens=p) for p in row] for row in predictions)]
-    assert [g.rewards for g in groups] == [[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]]
-    groups = [replace(group, rollouts=rollouts) for group in groups]
-    monkeypatch.setattr(evaluation, "reasoning_groups", lambda *_: groups)
-    args = SimpleNamespace(device="cpu", mode="reasoning", seed=0, samples=4, temperature=1.0, dump=None)
+    cases = [([b" a", None, b"b", b""], [1, 0, 0, 0]), ([None, b"a", b" ", b"x"], [0, 0, 0, 0]),
+             ([b" ab", b" ab c", b" a", None], [1, 1, 1, 0])]
+    tokenizer, groups = SimpleNamespace(decode_bytes=box), []
+    for contents, right in cases:
+        boxes = read_boxes(tokenizer, [SimpleNamespace(tokens=content) for content in contents])
+        groups.append(Group(Question([], truth, [], 0), rollouts, boxes, right))
+    monkeypatch.setattr(evaluation, "think", lambda *_: groups)
+    args = SimpleNamespace(device="cpu", mode="reasoning", seed=0, samples=4, temperature=1.0,
+                           dump=None)
     positions = np.array([[9, 0, 20], [12, 0, 20], [30, 20, 40]])
     line, = evaluation.evaluate(base, corpus, positions, {"easy": [0, 1, 2]}, args)
     assert (line["accuracy"], line["pass_at_k"], line["format_rate"]) == (33.33, 66.67, 75.0)
@@ -80,8 +85,8 @@ def test_pass_at_k_counts_positions_accuracy_rollouts_and_hits_of_several_tokens
 
 
 def sampling_args(**changes):
-    usual = dict(template="short", max_prompt_tokens=100, max_new_tokens=10, samples=3, seed=0, temperature=1.0,
-                 max_rows=1000, kv_gb=None, top_k=0, top_p=1.0, min_p=0.0)
+    usual = dict(template="short", max_prompt_tokens=100, max_new_tokens=10, samples=3, seed=0,
+                 temperature=1.0, max_rows=1000, kv_gb=None, top_k=0, top_p=1.0, min_p=0.0)
     return SimpleNamespace(**usual | changes)
 
 
@@ -89,11 +94,13 @@ def sampling_args(**changes):
 def test_an_empty_thought_is_the_same_prompt_and_what_follows_when_the_thought_is_closed_at_once(
         corpus, base, template):
     tokenizer = Tokenizer.load(base)
-    model = GPT.from_pretrained(base) if template == "short" else tiny_model(tokenizer.vocab_size, 600)
+    model = tiny_model(tokenizer.vocab_size, 600)
+    if template == "short":
+        model = GPT.from_pretrained(base)
     positions, _ = choose_positions(corpus, find_scores(corpus), 6, seed=0)
     close = tokenizer.special["</think>"]
     args = sampling_args(template=template, temperature=0, max_prompt_tokens=580, max_new_tokens=12)
-    thinking, empty = (reasoning_groups(model, tokenizer, corpus, positions, args, mode)
+    thinking, empty = (think(model, tokenizer, corpus, positions, args, mode)
                        for mode in ("reasoning", "empty"))
     assert [g.question.prompt for g in thinking] == [g.question.prompt for g in empty]
     for group in empty:
@@ -110,19 +117,19 @@ def test_an_empty_thought_is_the_same_prompt_and_what_follows_when_the_thought_i
 
 def test_an_empty_thought_without_room_for_an_answer_is_refused(corpus, base):
     positions, _ = choose_positions(corpus, find_scores(corpus), 2, seed=0)
-    with pytest.raises(ValueError, match="--max-new-tokens 1 leaves no room after an empty thought of 1 tok"):
-        reasoning_groups(GPT.from_pretrained(base), Tokenizer.load(base), corpus, positions,
-                         sampling_args(max_new_tokens=1), "empty")
+    with pytest.raises(ValueError, match="1 leaves no room after an empty thought of 1 tokens"):
+        think(GPT.from_pretrained(base), Tokenizer.load(base), corpus, positions,
+              sampling_args(max_new_tokens=1), "empty")
 
 
 @pytest.mark.parametrize("asked, modes", [
     ("ntp", ["ntp"]), ("empty", ["empty"]), ("both", ["ntp", "reasoning"]),
     ("all", ["ntp", "reasoning", "empty"])])
 def test_a_mode_means_what_it_says_and_dumps_say_which_it_was(corpus, base, tmp_path, asked, modes):
-    code, out, err = run_here("eval.py", "lm", "--corpus", corpus.folder, "--checkpoints", base, "--mode", asked,
-                              "--positions", 3, "--template", "short", "--max-new-tokens", 8,
-                              "--temperature", 0, "--out", tmp_path / "out.json",
-                              "--dump", tmp_path / "dump.jsonl")
+    code, out, err = run_here("eval.py", "lm", "--corpus", corpus.folder, "--checkpoints", base,
+                              "--mode", asked, "--positions", 3, "--template", "short",
+                              "--max-new-tokens", 8, "--temperature", 0,
+                              "--out", tmp_path / "out.json", "--dump", tmp_path / "dump.jsonl")
     assert (code, err) == (0, "") and "next-token accuracy, %" in out
     results = json.loads((tmp_path / "out.json").read_text())
     assert list(dict.fromkeys(r["mode"] for r in results)) == modes
@@ -138,10 +145,13 @@ def test_a_mode_means_what_it_says_and_dumps_say_which_it_was(corpus, base, tmp_
 def test_every_split_has_its_own_number_of_positions_above_its_own_threshold(corpus):
     scores = find_scores(corpus)
     positions, splits = choose_positions(corpus, scores, 12, seed=0)
-    entropy, everywhere = (np.load(scores)[some[:, 0], 0] for some in (positions, all_positions(corpus)))
-    there = {name: min(12, (everywhere > threshold).sum()) for name, threshold in SPLITS.items()}
-    assert {name: len(chosen) for name, chosen in splits.items()} == {k: n for k, n in there.items() if n}
-    assert len(splits) >= 2 and all((entropy[chosen] > SPLITS[name]).all() for name, chosen in splits.items())
+    entropy = np.load(scores)[positions[:, 0], 0]
+    everywhere = np.load(scores)[all_positions(corpus)[:, 0], 0]
+    assert len(splits) >= 2
+    for name, threshold in SPLITS.items():
+        chosen = splits.get(name, [])
+        assert len(chosen) == min(12, (everywhere > threshold).sum())
+        assert (entropy[chosen] > threshold).all()
     assert len(np.unique(positions[:, 0])) == len(positions)
     assert not set(positions[:, 0]) & set(load_positions(corpus, scores, -1, "train")[:, 0])
 
@@ -152,11 +162,13 @@ def test_checkpoints_answer_the_same_positions_whatever_else_is_evaluated(corpus
     tokenizer.save(tmp_path / "other")
 
     def results(*checkpoints):
-        code, _, err = run_here("eval.py", "lm", "--corpus", corpus.folder, "--checkpoints", *checkpoints,
-                                "--positions", 20, "--template", "short", "--max-new-tokens", 8,
-                                "--samples", 2, "--out", tmp_path / "results.json")
+        code, _, err = run_here("eval.py", "lm", "--corpus", corpus.folder,
+                                "--checkpoints", *checkpoints, "--positions", 20,
+                                "--template", "short", "--max-new-tokens", 8, "--samples", 2,
+                                "--out", tmp_path / "results.json")
         assert code == 0, err
-        return [r for r in json.loads((tmp_path / "results.json").read_text()) if r["checkpoint"] == base]
+        lines = json.loads((tmp_path / "results.json").read_text())
+        return [line for line in lines if line["checkpoint"] == base]
 
     assert results(base) == results(tmp_path / "other", base) != []
 
@@ -168,7 +180,7 @@ def test_the_seed_chooses_the_positions_and_the_rows_do_not_choose_the_thoughts(
     assert not np.array_equal(positions, choose_positions(corpus, scores, 8, seed=1)[0])
 
     def thoughts(max_rows):
-        groups = reasoning_groups(model, tokenizer, corpus, positions, sampling_args(max_rows=max_rows))
+        groups = think(model, tokenizer, corpus, positions, sampling_args(max_rows=max_rows))
         return [[r.tokens for r in group.rollouts] for group in groups]
 
     many, few = thoughts(1000), thoughts(3)
@@ -203,13 +215,15 @@ def test_documents_of_unequal_size_are_drawn_whole_and_the_interval_still_holds_
     for case in range(250):
         sizes = rng.integers(1, 12, size=80)
         documents = np.repeat(np.arange(80), sizes)
-        chance = rng.beta(2, 3, size=80)[documents]  # some documents are easier than others; mean 0.4
-        low, high = interval((rng.random(len(documents)) < chance).astype(float), documents, seed=case)
+        chance = rng.beta(2, 3, size=80)[documents]  # some documents are easier; mean 0.4
+        hits = (rng.random(len(documents)) < chance).astype(float)
+        low, high = interval(hits, documents, seed=case)
         held += low <= 0.4 <= high
     assert 0.91 <= held / 250 <= 0.98
 
 
 def test_no_hit_in_100_is_no_certainty_of_zero():
     """Wilson's interval, worked out by hand: 0 of n, n of n."""
-    assert interval(np.zeros(200), np.arange(200) // 2, seed=0) == pytest.approx([0, 0.03699], abs=1e-5)
+    none = interval(np.zeros(200), np.arange(200) // 2, seed=0)
+    assert none == pytest.approx([0, 0.03699], abs=1e-5)
     assert interval(np.ones(10), np.arange(10), seed=0) == pytest.approx([0.72246, 1], abs=1e-5)

@@ -1,4 +1,6 @@
 """Log-probabilities and entropies against log_softmax in fp64."""
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from kernels.logprob import logprob
 
 
 def case(N=7, D=8, V=11, dtype=torch.float32):
-    """hidden (N, D), weight (V, D), with gradients; targets (N,), the first and the last token among them."""
+    """hidden (N, D), weight (V, D), with gradients; targets (N,), with first and last token."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(N, D, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(V, D, generator=generator).to(dtype).requires_grad_()
@@ -40,7 +42,8 @@ def assert_same(ours, theirs, atol):
 @pytest.mark.parametrize("temperature", [1.0, 0.8, 2.0])
 def test_logprob_and_entropy_belong_to_the_tempered_distribution(temperature):
     hidden, weight, targets = case()
-    ours, theirs = logprob(hidden, weight, targets, temperature), oracle(hidden, weight, targets, temperature)
+    ours = logprob(hidden, weight, targets, temperature)
+    theirs = oracle(hidden, weight, targets, temperature)
     assert_same(ours, theirs, 1e-5)
     assert_same(gradients(*ours, (hidden, weight)), gradients(*theirs, (hidden, weight)), 1e-4)
 
@@ -57,7 +60,12 @@ def test_a_chunk_border_changes_nothing(monkeypatch, rows_per_chunk):
 
 def test_no_chunk_is_larger_than_asked_for(monkeypatch):
     sizes, real = [], module.logprob_of_chunk
-    monkeypatch.setattr(module, "logprob_of_chunk", lambda h, *rest: sizes.append(len(h)) or real(h, *rest))
+
+    def count_rows(hidden, *rest):
+        sizes.append(len(hidden))
+        return real(hidden, *rest)
+
+    monkeypatch.setattr(module, "logprob_of_chunk", count_rows)
     monkeypatch.setattr(module, "CHUNK_LOGITS", 35)  # 3 rows of 11 logits
     logprob(*case())
     assert sizes == [3, 3, 1]
@@ -69,7 +77,8 @@ def test_logits_of_120_overflow_nothing():
     logprobs, entropy = logprob(hidden, weight, torch.tensor([0, 0, 1]))
     assert logprobs.tolist() == [0, -240, -240]
     assert entropy.tolist() == [0, 0, 0]
-    assert all(gradient.isfinite().all() for gradient in gradients(logprobs, entropy, (hidden, weight)))
+    for gradient in gradients(logprobs, entropy, (hidden, weight)):
+        assert gradient.isfinite().all()
 
 
 def test_a_uniform_distribution_has_the_entropy_log_V():
@@ -82,7 +91,8 @@ def test_no_rows_give_no_results_and_zero_gradients():
     hidden, weight, _ = case()
     logprobs, entropy = logprob(hidden[:0], weight, torch.zeros(0, dtype=torch.long))
     assert logprobs.shape == entropy.shape == (0,)
-    (logprobs.sum() + entropy.sum()).backward()  # a rank without rows must still reach its gradients
+    # A rank without rows must still reach its gradients.
+    (logprobs.sum() + entropy.sum()).backward()
     assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
@@ -100,10 +110,11 @@ def test_a_target_of_minus_one_marks_an_ignored_row():
     assert_same(torch.autograd.grad(sum(x.sum() for x in without), (weight,)), (d_weight,), 1e-6)
 
 
-def test_gradients_of_the_reference_are_finite_differences_in_fp64():
+def test_gradients_of_the_torch_backend_are_finite_differences_in_fp64():
     hidden, weight, targets = case(N=4, D=3, V=5, dtype=torch.float64)
     targets[1] = -1
-    assert torch.autograd.gradcheck(lambda h, w: logprob(h, w, targets, 0.8), (hidden, weight))
+    tempered = partial(logprob, targets=targets, temperature=0.8)
+    assert torch.autograd.gradcheck(tempered, (hidden, weight))
 
 
 def test_bf16_hidden_states_give_fp32_results_and_gradients_in_the_masters_dtype():
@@ -111,6 +122,7 @@ def test_bf16_hidden_states_give_fp32_results_and_gradients_in_the_masters_dtype
     master = weight.detach().float().requires_grad_()
     logprobs, entropy = logprob(hidden, master, targets)
     assert logprobs.dtype == entropy.dtype == torch.float32
-    assert_same((logprobs, entropy), oracle(hidden, weight, targets), 0.05)  # the logits were rounded to bf16
+    # The logits were rounded to bf16.
+    assert_same((logprobs, entropy), oracle(hidden, weight, targets), 0.05)
     logprobs.sum().backward()
     assert master.grad.dtype == torch.float32 and hidden.grad.dtype == torch.bfloat16

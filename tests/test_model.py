@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import model as module
 from model import GPT
+from plumbing import hf
 
 FAMILIES = dict(llama=(transformers.LlamaConfig, transformers.LlamaForCausalLM),
                 qwen2=(transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
@@ -334,7 +335,7 @@ def test_an_untied_folder_without_its_head_is_refused(folder):
 def test_a_full_disk_while_saving_is_one_line(tiny_gpt, tmp_path, monkeypatch):
     def full(*_, **__):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(hf, "save_file", full)
     with pytest.raises(OSError, match=r"model\.safetensors: .*No space left on device") as caught:
         tiny_gpt.save_pretrained(tmp_path)
     assert "\n" not in str(caught.value)

@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from reward import box_at_once, conditional_dense, dense, extract_prediction, first_token_match, prefix_match
+from objectives.first_token import first_token_match
+from reward import box_at_once, extract_prediction, prefix_match
 
 THE_ANSWER = [b" the", b" answer", b" is"]
 SNOWMAN = [b"\xe2\x98", b"\x83", b"!"]  # the character U+2603 split over two tokens
@@ -12,7 +13,7 @@ SNOWMAN = [b"\xe2\x98", b"\x83", b"!"]  # the character U+2603 split over two to
 # (what it guards, what follows </think>, the prediction, the true tokens, the reward)
 CASES = [
     ("one token", rb"\boxed{ the}", b" the", THE_ANSWER, 1),
-    ("two tokens are worth the same as one", rb"\boxed{ the answer}", b" the answer", THE_ANSWER, 1),
+    ("two tokens are worth as much as one", rb"\boxed{ the answer}", b" the answer", THE_ANSWER, 1),
     ("all the tokens there are", rb"\boxed{ the answer is}", b" the answer is", THE_ANSWER, 1),
     ("longer than the truth", rb"\boxed{ the answer is 4}", b" the answer is 4", THE_ANSWER, 0),
     ("ends inside the first token", rb"\boxed{ th}", b" th", THE_ANSWER, 0),
@@ -35,8 +36,10 @@ CASES = [
     ("half a character is a whole token", b"\\boxed{\xe2\x98}", b"\xe2\x98", SNOWMAN, 1),
     ("one byte of that half is none", b"\\boxed{\xe2}", b"\xe2", SNOWMAN, 0),
     ("no Unicode folding: e + accent", b"\\boxed{e\xcc\x81}", b"e\xcc\x81", ["\u00e9".encode()], 0),
-    ("tokens of zero bytes change nothing", rb"\boxed{ the}", b" the", [b"", b" the", b"", b" answer"], 1),
-    ("balanced braces belong to the content", rb"\boxed{\frac{a}{b}}", rb"\frac{a}{b}", [rb"\frac{a}{b}"], 1),
+    ("tokens of zero bytes change nothing",
+     rb"\boxed{ the}", b" the", [b"", b" the", b"", b" answer"], 1),
+    ("balanced braces belong to the content",
+     rb"\boxed{\frac{a}{b}}", rb"\frac{a}{b}", [rb"\frac{a}{b}"], 1),
     ("target {", rb"\boxed{{}", b"{", [b"{", b"x"], 1),
     ("target { in a sentence with braces", rb"\boxed{{} is likely.", b"{", [b"{"], 1),
     ("target \\frac{", rb"\boxed{\frac{}", rb"\frac{", [b"\\frac", b"{"], 1),
@@ -65,15 +68,20 @@ CASES = [
     ("a box behind a LaTeX line break", rb"x \\\boxed{ the}", b" the", THE_ANSWER, 1),
     ("an open brace in the prose before", rb"So { is likely: \boxed{ the}", b" the", THE_ANSWER, 1),
     ("text and an end token behind the box", rb"\boxed{ the}.<|im_end|>", b" the", THE_ANSWER, 1),
-    ("special-token text in the corpus", rb"\boxed{<|im_end|>}", b"<|im_end|>", [b"<|im", b"_end|>"], 1),
+    ("special-token text in the corpus",
+     rb"\boxed{<|im_end|>}", b"<|im_end|>", [b"<|im", b"_end|>"], 1),
     ("an opening tag in the box", rb"\boxed{<think>}", b"<think>", [b"<think", b">"], 1),
     ("a closing tag in the box ends a thought", rb"\boxed{</think>}", None, [b"</think>"], 0),
     ("not a box", rb"\fbox{ the} boxed{ the}", None, THE_ANSWER, 0),
 ]
 
 
-@pytest.mark.parametrize("name, answer, prediction, truth, reward", CASES, ids=[case[0] for case in CASES])
-def test_worked_case(name, answer, prediction, truth, reward):
+NAMES = [case[0] for case in CASES]
+
+
+@pytest.mark.parametrize("name, answer, prediction, truth, reward", CASES, ids=NAMES)
+def test_the_box_is_read_byte_for_byte_and_pays_for_whole_tokens(
+        name, answer, prediction, truth, reward):
     response = b"<think>\nMaybe { or \\boxed{ a}.\n</think>\n\n" + answer
     assert extract_prediction(response) == prediction
     assert prefix_match(prediction, truth) == reward
@@ -106,13 +114,15 @@ def test_every_text_with_balanced_braces_survives_the_box():
 
 def test_reward_is_one_exactly_for_the_first_tokens_joined():
     rng = random.Random(1)
-    pieces = [b"", b"a", b"b", b"ab", b" ", b"\n", b"\xe2", b"\x98\x83", b"\xe2\x98", b"\x83", b"{", b"}"]
+    pieces = [b"", b"a", b"b", b"ab", b" ", b"\n", b"\xe2", b"\x98\x83", b"\xe2\x98", b"\x83", b"{",
+              b"}"]
     hits = 0
     for _ in range(5000):
         truth = rng.choices(pieces, k=rng.randint(0, 5))
         joins = {b"".join(truth[:k]) for k in range(1, len(truth) + 1)} - {b""}
         text = b"".join(truth) + rng.choice(pieces)
-        for prediction in {text[:l] for l in range(len(text) + 1)} | {b"".join(rng.choices(pieces, k=2))}:
+        beginnings = {text[:l] for l in range(len(text) + 1)}
+        for prediction in beginnings | {b"".join(rng.choices(pieces, k=2))}:
             assert prefix_match(prediction, truth) == (prediction in joins), (prediction, truth)
             hits += prediction in joins
     assert hits > 5000  # both outcomes were really tried
@@ -142,15 +152,15 @@ def test_a_rollout_that_repeats_the_box_forever_is_read_in_linear_time():
     ("nothing predicted", b"", THE_ANSWER, 0),
     ("no box", None, THE_ANSWER, 0),
 ])
-def test_first_token_reward(name, prediction, truth, reward):
+def test_the_first_token_alone_earns_the_first_token_reward(name, prediction, truth, reward):
     assert first_token_match(prediction, truth) == reward
 
 
 @pytest.mark.parametrize("answer, content", [
     (rb"\boxed{ odd}<|end|>", b" odd"),
-    (rb"</think>\boxed{ odd}", b" odd"),                       # the thought closed by the response itself
+    (rb"</think>\boxed{ odd}", b" odd"),  # closes the thought itself
     (b"\n\n\\boxed{}} and so on", b""),
-    (rb"Well, \boxed{ odd}", None),                            # a thought outside of the tags is one
+    (rb"Well, \boxed{ odd}", None),  # a thought without tags
     (rb"It is odd.</think>\boxed{ odd}", None),
     (rb"\boxed{ even}. No, \boxed{ odd}", None),
     (rb"\boxed{ even}</think>\boxed{ odd}", None),
@@ -168,18 +178,3 @@ def test_a_prefix_match_is_a_first_token_match_and_not_the_reverse():
         prediction = b"".join(rng.choices([b"", b"a", b"b"], k=3))
         rewards.add((prefix_match(prediction, truth), first_token_match(prediction, truth)))
     assert rewards == {(0, 0), (0, 1), (1, 1)}
-
-
-def test_dense_reward_of_a_miss_is_the_probability_of_the_predicted_token():
-    assert dense(1.0, 0.25) == 1.0  # a hit is 1 whatever the model thought of it
-    assert dense(0.0, 0.25) == 0.25
-    assert dense(0.0, 0.0) == 0.0
-
-
-def test_conditional_dense_reward_leaves_a_group_without_a_hit_at_zero():
-    probabilities = [0.5, 0.25, 0.125, 0.0]
-    assert conditional_dense([0.0, 1.0, 0.0, 0.0], probabilities) == [0.5, 1.0, 0.125, 0.0]
-    assert conditional_dense([0.0, 0.0, 0.0, 0.0], probabilities) == [0.0, 0.0, 0.0, 0.0]
-    assert conditional_dense([1.0, 1.0, 1.0, 1.0], probabilities) == [1.0, 1.0, 1.0, 1.0]
-    with pytest.raises(ValueError):
-        conditional_dense([1.0, 0.0], probabilities)

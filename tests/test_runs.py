@@ -17,10 +17,9 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from plumbing import checkpoint
-import train_ntp
+from plumbing import batch, log
 from plumbing.checkpoint import load_trainer, save_checkpoint
-from data.filter import find_scores, load_positions
+from data.positions import find_scores, load_positions
 from data.tokenizer import Tokenizer
 from model import GPT
 from plumbing.optimizer import make_optimizer
@@ -42,7 +41,7 @@ def command(script, corpus, base, run, **flags):
 
 def lines(run, name="metrics.jsonl"):
     """Records of a log without the times, which differ from run to run."""
-    timing = lambda key: key.startswith("dt_") or key.endswith("_tok_s") or key in ("mfu", "occupancy")
+    timing = lambda key: key.startswith("dt_") or key.endswith("_tok_s") or key == "mfu"
     return [{k: v for k, v in json.loads(line).items() if not timing(k)}
             for line in (run / name).read_text().splitlines()]
 
@@ -74,18 +73,18 @@ def whole(request, corpus, base, tmp_path_factory):
 
 
 # Each is a moment in which the process is gone: code that runs before the script and arms the trap.
-KILL = "import os, runpy, signal, sys; from plumbing import checkpoint; sys.argv = sys.argv[1:]\n" \
+KILL = "import os, runpy, signal, sys; from plumbing import checkpoint, log; sys.argv = sys.argv[1:]\n" \
        "die = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
 MOMENTS = {
     "while step 5 is logged": """
-append = checkpoint.append
+append = log.append
 def torn(path, records):
     if records[0]["step"] == 5:
         with open(path, "a") as file:
             file.write('{"step": 5, "rew')
         die()
     append(path, records)
-checkpoint.append = torn""",
+log.append = torn""",
     "before step 6 has its name": """
 rename = os.rename
 os.rename = lambda old, new: die() if str(new).endswith("step_000006") else rename(old, new)""",
@@ -93,7 +92,7 @@ os.rename = lambda old, new: die() if str(new).endswith("step_000006") else rena
 write = checkpoint.write
 checkpoint.write = lambda path, text: die() if text == "step_000006" else write(path, text)""",
     "in the first save": """
-from plumbing import checkpoint; checkpoint.save_moments = lambda *_: die()""",
+checkpoint.save_moments = lambda *_: die()""",
 }
 
 
@@ -144,6 +143,7 @@ def run_under_fire(line, run, kills, seed):
     return in_saves
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments_gives_the_same_bits(corpus, base, tmp_path):
     """NANORPT_KILLS=30 for a siege; each kill costs a start of some seconds."""
     kills = int(os.environ.get("NANORPT_KILLS", 4))
@@ -159,14 +159,14 @@ def test_kill_9_at_random_moments_gives_the_same_bits(corpus, base, tmp_path):
 def test_ctrl_c_ends_the_step_saves_and_a_resumed_run_is_the_same(whole, corpus, base, tmp_path, monkeypatch):
     script, undisturbed = whole
     line, run = command(script, corpus, base, tmp_path / "run"), tmp_path / "run"
-    append = checkpoint.append
+    append = log.append
 
     def press(path, records):  # in step 1, too late for it: step 2 is the last one
         append(path, records)
         if path.endswith("metrics.jsonl") and records[0]["step"] == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(checkpoint, "append", press)
+    monkeypatch.setattr(log, "append", press)
     code, out, err = run_here(*line)
     assert code == 0 and (run / "latest").read_text() == "step_000002" and "--resume continues" in out
     monkeypatch.undo()
@@ -204,36 +204,36 @@ def test_a_run_moves_the_weights_and_logs_what_is_documented(whole, base):
     assert names >= {"step", "loss", "grad_norm", "lr", "train_tok_s", "flops", "dt_train"}
     if script == "train_rpt.py":
         assert names >= {"reward", "reward_std", "frac_zero_std", "format_rate", "len_mean", "frac_truncated",
-                         "entropy", "clip_frac", "logp_gap", "occupancy", "gen_tok_s", "mfu", "dt_gen", "dt_reward"}
+                         "entropy", "clip_frac", "logp_gap", "gen_tok_s", "mfu", "dt_gen", "dt_reward"}
         assert max(line["logp_gap"] for line in lines(run)) < 1e-5
 
 
-def test_flops_are_2_a_parameter_and_sampled_token_and_6_a_trained_one_prompts_once(corpus, base, tmp_path):
-    """The entropy bonus makes every group train, so both counts are the lengths of prompts and responses."""
+def test_flops_are_2_a_parameter_and_read_token_and_6_a_trained_one_prompts_once(corpus, base, tmp_path):
+    """Dense rewards make every group train, so both counts are lengths; scoring reads each context once more."""
     run = tmp_path / "run"
-    flags = dict(steps=2, save_every=2, dynamic_sampling_from=-1, entropy_coef=1e-3)
+    flags = dict(steps=2, save_every=2, dynamic_sampling_from=-1, objective="dense")
     assert run_here(*command("train_rpt.py", corpus, base, run, **flags))[0] == 0
     positions = load_positions(corpus, find_scores(corpus, base), 0.5, "train")
     order = np.random.default_rng((5, 0)).permutation(len(positions))
     parameters = sum(weight.numel() for weight in load_file(f"{base}/model.safetensors").values())
     for step, line in enumerate(lines(run)):
-        prompts = sum(int(t - start) + 1 for t, start, _ in positions[order[5 * step:5 * step + 5]])  # + <think>
-        tokens = round(line["len_mean"] * 5 * 4)
-        assert line["tokens"] == tokens and line["trained_tokens"] == prompts + tokens
-        assert line["flops"] == (2 + 6) * parameters * (prompts + tokens)
+        contexts = sum(int(t - start) for t, start, _ in positions[order[5 * step:5 * step + 5]])
+        prompts, tokens = contexts + 5, round(line["len_mean"] * 5 * 4)  # each ends in <think>
+        assert line["tokens"] == tokens and line["trained_tokens"] >= prompts + tokens
+        assert line["flops"] == parameters * (
+            2 * (prompts + tokens + contexts) + 6 * line["trained_tokens"])
 
 
 def test_dynamic_sampling_trains_full_batches_of_live_groups(corpus, base, tmp_path, monkeypatch):
-    alive, cut = [], train_ntp.micro_batches
+    alive, pack = [], batch.pack
 
-    def spy(groups, tokens, size):
-        alive.append(len(groups))
-        return cut(groups, tokens, size)
+    def spy(examples, *rest):
+        alive.append(len(examples))
+        return pack(examples, *rest)
 
-    monkeypatch.setattr(train_ntp, "micro_batches", spy)
+    monkeypatch.setattr(batch, "pack", spy)
     for start in (0, -1):
-        flags = dict(dynamic_sampling_from=start, max_rounds=20)
-        line = command("train_rpt.py", corpus, base, tmp_path / str(start), **flags)
+        line = command("train_rpt.py", corpus, base, tmp_path / str(start), dynamic_sampling_from=start)
         assert run_here(*line)[0] == 0
     assert alive[:6] == [5] * 6 and len(alive) == 12 and min(alive[6:]) < 5
 

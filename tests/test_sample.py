@@ -14,7 +14,8 @@ from data.tokenizer import EMBEDDED_PATTERN, EMBEDDED_SPECIAL, Tokenizer
 from model import GPT, GPTConfig
 from kernels.attention import make_layout
 from kernels.logprob import draw, logprob
-from sample import generate, mix
+from sample import Cache, Schedule, generate, mix
+from plumbing.truncate import truncation
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2], [8, 4], [6, 2, 6, 4, 3, 3, 8], [3, 2, 7]]
 STOPS = [7, 21, 30]  # of 40 tokens: some rollouts stop at once, some late, some never
@@ -68,8 +69,8 @@ def test_ten_thousand_tokens_of_refilled_rows_agree_with_the_trainers_forward(ti
     layout = make_layout([(len(p), [len(r.tokens) for r in group]) for p, group in zip(prompts, rollouts)])
     tokens = torch.tensor([t for p, group in zip(prompts, rollouts) for t in p + [t for r in group for t in r.tokens]])
     with torch.no_grad():
-        hidden = tiny_gpt.packed_hidden(tokens, layout)[layout.predict_rows]
-        logprobs, _ = logprob(hidden, tiny_gpt.head, tokens[layout.response_rows], 0.8)
+        hidden = tiny_gpt.hidden(tokens, layout.positions, layout.attend)[layout.predict_rows]
+        logprobs, _ = logprob(hidden, tiny_gpt.head, tokens[layout.rollout_rows], 0.8)
     sampled = torch.tensor([p for group in rollouts for r in group for p in r.logprobs])
     assert len(sampled) > 10_000 and (logprobs - sampled).abs().max() < 1e-5
 
@@ -130,42 +131,55 @@ def test_finished_rows_stop_costing_time(tiny_gpt, monkeypatch):
 
 
 def test_a_row_whose_rollout_ended_takes_the_next_one(tiny_gpt, monkeypatch):
-    rows, step, stats = [], sample.step, {}
+    rows, step = [], sample.step
     monkeypatch.setattr(sample, "step", lambda model, cache, *rest: rows.append(cache.B) or step(model, cache, *rest))
-    rollouts = run(tiny_gpt, n=8, stop_ids=STOPS, max_rows=6, stats=stats)
+    rollouts = run(tiny_gpt, n=8, stop_ids=STOPS, max_rows=6)
     needed = [len(tokens) - 1 for group in tokens_of(rollouts) for tokens in group]  # the first: by the prefill
-    assert stats["occupancy"] == sum(needed) / sum(rows) > 0.9
+    assert sum(needed) / sum(rows) > 0.9
     chunks = [max(needed[i:i + 6]) for i in range(0, 48, 6)]  # six rows that wait for the slowest of them
     assert len(rows) < 0.8 * sum(chunks)
 
 
 def test_a_prompt_is_computed_once_however_its_rollouts_are_spread(tiny_gpt, monkeypatch):
-    computed, real = [], sample.prefill
-    monkeypatch.setattr(sample, "prefill", lambda model, cache, prompts, slots:
-                        computed.extend(map(tuple, prompts)) or real(model, cache, prompts, slots))
+    computed, real = [], Cache.prefill
+    monkeypatch.setattr(Cache, "prefill", lambda cache, model, prompts, slots:
+                        computed.extend(map(tuple, prompts)) or real(cache, model, prompts, slots))
     run(tiny_gpt, n=8, stop_ids=STOPS, max_rows=3)
     assert sorted(computed) == sorted(map(tuple, PROMPTS))
 
 
 # ---- memory ----
 
-def test_the_cache_takes_what_the_formula_says(tiny_gpt, monkeypatch):
-    caches, real = [], sample.Cache
-    monkeypatch.setattr(sample, "Cache", lambda *args: caches.append(real(*args)) or caches[0])
-    stats = {}
-    run(tiny_gpt, [[1] * 40], n=20, max_new_tokens=9, stats=stats)
-    tensors = caches[0].prompt_k + caches[0].prompt_v
-    assert sum(x.numel() for x in tensors) == 2 * 2 * 40 * 2 * 8  # k and v, layers, tokens: one copy, heads, size
-    assert stats["kv_bytes"] == 2 * 2 * (40 + 20 * 8) * 2 * 8 * 4  # 8 of 9 new tokens are read again; fp32
+@pytest.fixture
+def caches(monkeypatch):
+    """The caches that `generate` makes, and the bytes of their keys and values at first."""
+    made, real = [], sample.Cache
+
+    def make(*args):
+        cache = real(*args)
+        tensors = cache.prompt_k + cache.prompt_v + cache.row_k + cache.row_v
+        made.append((cache, sum(x.numel() * x.itemsize for x in tensors)))
+        return cache
+
+    monkeypatch.setattr(sample, "Cache", make)
+    return made
 
 
-def test_a_small_budget_costs_rows_and_no_token(tiny_gpt):
-    stats, expected = {}, run(tiny_gpt, stop_ids=STOPS)
+def test_the_cache_takes_what_the_formula_says(tiny_gpt, caches):
+    run(tiny_gpt, [[1] * 40], n=20, max_new_tokens=9)
+    [(cache, size)] = caches
+    prompts = sum(x.numel() for x in cache.prompt_k + cache.prompt_v)
+    assert prompts == 2 * 2 * 40 * 2 * 8            # k and v, layers, tokens: one copy, heads, size
+    assert size == 2 * 2 * (40 + 20 * 8) * 2 * 8 * 4  # 8 of 9 new tokens are read again; fp32
+
+
+def test_a_small_budget_costs_rows_and_no_token(tiny_gpt, caches):
+    expected = run(tiny_gpt, stop_ids=STOPS)
     token_bytes = 2 * 2 * 2 * 8 * 4
     four, three = (4 * 11 + 4 * 15) * token_bytes, (3 * 11 + 3 * 15) * token_bytes  # rows, and slots of 11
     for budget, bytes in ((four + 1, four), (four - 1, three)):
-        assert tokens_of(run(tiny_gpt, stop_ids=STOPS, kv_gb=budget / 1e9, stats=stats)) == tokens_of(expected)
-        assert stats["kv_bytes"] == bytes
+        assert tokens_of(run(tiny_gpt, stop_ids=STOPS, kv_gb=budget / 1e9)) == tokens_of(expected)
+        assert caches[-1][1] == bytes
 
 
 def test_a_budget_below_one_rollout_is_refused_with_the_numbers(tiny_gpt):
@@ -214,18 +228,17 @@ def test_no_prompts_give_no_rollouts(tiny_gpt):
     assert run(tiny_gpt, []) == []
 
 
-def test_every_token_is_reported_as_it_comes(tiny_gpt):
-    seen = {}
-    rollouts = run(tiny_gpt, stop_ids=STOPS, max_rows=5,
-                   on_token=lambda i, s, token: seen.setdefault((i, s), []).append(token))
+def test_every_token_is_reported_as_it_comes_and_every_end_once(tiny_gpt):
+    seen, ends = {}, []
+
+    def watch(drawn, ended):
+        ends.append(ended)
+        for prompt, i, token in drawn:
+            seen.setdefault((prompt, i), []).append(token)
+
+    rollouts = run(tiny_gpt, n=3, stop_ids=STOPS, max_rows=5, on_tokens=watch)
     assert seen == {(i, s): tokens for i, group in enumerate(tokens_of(rollouts)) for s, tokens in enumerate(group)}
-
-
-def test_progress_adds_up_to_all_rollouts(tiny_gpt):
-    calls = []
-    rollouts = run(tiny_gpt, n=2, max_rows=5, progress=lambda *counts: calls.append(counts), stop_ids=STOPS)
-    done, drawn = map(sum, zip(*calls))
-    assert done == 12 and drawn == sum(len(tokens) for group in tokens_of(rollouts) for tokens in group)
+    assert ends == sorted(ends) and ends[-1] == 18
 
 
 # ---- randomness ----
@@ -334,12 +347,12 @@ def test_truncation_keeps_the_tokens_that_transformers_keeps(options):
     for name, warper in (("top_k", TopKLogitsWarper), ("top_p", TopPLogitsWarper), ("min_p", MinPLogitsWarper)):
         if name in options:
             theirs = warper(options[name])(None, theirs)
-    ours = sample.truncation(**options)(logits.clone())
+    ours = truncation(**options)(logits.clone())
     assert torch.equal(ours, theirs) and 1 <= (ours > -math.inf).sum(dim=1).min() < 200
 
 
 def test_truncated_rollouts_stay_inside_and_keep_the_temperature(tiny_gpt):
-    prompt, truncate = PROMPTS[0], sample.truncation(top_k=3)
+    prompt, truncate = PROMPTS[0], truncation(top_k=3)
     with torch.no_grad():
         top = (tiny_gpt(torch.tensor([prompt]))[0, -1] / 2.0).topk(3)
     [group] = run(tiny_gpt, [prompt], n=3000, max_new_tokens=1, temperature=2.0, truncate=truncate, max_rows=3000)
@@ -350,7 +363,7 @@ def test_truncated_rollouts_stay_inside_and_keep_the_temperature(tiny_gpt):
 
 
 def test_greedy_is_greedy_under_truncation(tiny_gpt):
-    assert tokens_of(run(tiny_gpt, temperature=0, truncate=sample.truncation(top_p=0.5))) == tokens_of(
+    assert tokens_of(run(tiny_gpt, temperature=0, truncate=truncation(top_p=0.5))) == tokens_of(
         run(tiny_gpt, temperature=0))
 
 
@@ -358,7 +371,7 @@ def test_greedy_is_greedy_under_truncation(tiny_gpt):
                                      dict(min_p=math.nan)])
 def test_a_truncation_out_of_range_is_refused(options):
     with pytest.raises(ValueError, match="top-k must be at least 0, top-p"):
-        sample.truncation(**options)
+        truncation(**options)
 
 
 # ---- requests that cannot be met ----

@@ -1,8 +1,6 @@
-"""The tokenizer against Hugging Face's `tokenizers`, on small tokenizers of each family trained here."""
+"""The tokenizer against Hugging Face's `tokenizers`, on small ones of each family, trained here."""
 import json
 import random
-import sys
-import types
 import unicodedata
 
 import pytest
@@ -11,29 +9,31 @@ import tiktoken
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
+from data import tokenizer
 from data.tokenizer import BYTE_TO_CHAR, Tokenizer, train_bpe
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 QWEN = CONTRACTIONS + r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3 = QWEN.replace(r"\p{N}|", r"\p{N}{1,3}|")
-CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|"
-          r"\s*[\r\n]|\s+(?!\S)|\s")
+CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| "
+          r"?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
 SAMPLES = [
-    "Let x = 12 + 345; then 2x = 714.\n\nSo the answer is \\boxed{714}, isn't it? They're sure, I'LL check.",
+    "Let x = 12 + 345; then 2x = 714.\n\n"
+    "So the answer is \\boxed{714}, isn't it? They're sure, I'LL check.",
     "def f(n):\r\n    return [i ** 2 for i in range(n)]  # squares\r\n\t\tpass\n",
     "Die Größe ist 3,5 m. Où est-ce ? Москва — столица. 数学の答えは 42 です。 한국어 각 👩‍🚀🙂🙂",
     "<think>The next word is likely \" the\".</think>\\boxed{ the}  ",
     "     white   space \u2003 \u00a0 runs\u2028",
 ] * 3
 FRAGMENTS = [
-    *"aZé0189٣²Ⅷ=+;*\\{}'\"<>|_-ſK", " ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u2028", "\u0085", "\x1c",
-    "   x", "'s", "'S", "'ſ", "'LL", " the", "The answer", "quixotry", "\\boxed{", "12345",
+    *"aZé0189٣²Ⅷ=+;*\\{}'\"<>|_-ſK", " ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u2028", "\u0085",
+    "\x1c", "   x", "'s", "'S", "'ſ", "'LL", " the", "The answer", "quixotry", "\\boxed{", "12345",
     "<think>", "<|im_end|>", "e\u0301", "\u0323\u0307", "\u1112\u1161\u11ab", "한", "数学", "ﬁ", "👩‍🚀",
 ]
-# All of Unicode that has a meaning, but the marks that are newer than Hugging Face's normalisation tables.
+# All of Unicode that has a meaning, without the marks that are newer than Hugging Face's tables.
 OLD = unicodedata.ucd_3_2_0
-CHARS = [char for char in map(chr, range(0x110000)) if unicodedata.category(char) not in ("Cn", "Cs")
-         and unicodedata.combining(char) == OLD.combining(char)]
+ASSIGNED = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cn", "Cs")]
+CHARS = [char for char in ASSIGNED if unicodedata.combining(char) == OLD.combining(char)]
 MARKS = [char for char in CHARS if unicodedata.combining(char)]
 
 
@@ -43,7 +43,8 @@ def random_text(rng):
 
 
 RNG = random.Random(0)
-TEXTS = SAMPLES[:5] + ["", " ", "\n", "0", " 5", "  5", "a  5\n 6"] + [random_text(RNG) for _ in range(3000)]
+TEXTS = SAMPLES[:5] + ["", " ", "\n", "0", " 5", "  5", "a  5\n 6"]
+TEXTS += [random_text(RNG) for _ in range(3000)]
 
 
 def split(pattern, behavior="isolated"):
@@ -62,10 +63,11 @@ def trained(pre_tokenizer, normalizer=None, alphabet=None, special=("<|im_end|>"
     if normalizer:
         tokenizer.normalizer = normalizer
     alphabet = pre_tokenizers.ByteLevel.alphabet() if alphabet is None else alphabet
-    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, special_tokens=list(special),
-                                  show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet,
+                                  special_tokens=list(special), show_progress=False)
     tokenizer.train_from_iterator(SAMPLES, trainer)
-    tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+    tags = ("<think>", "</think>")
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in tags])
     return json.loads(tokenizer.to_str())
 
 
@@ -76,23 +78,32 @@ def llama3():
     vocab["quixotry"] = len(vocab)
     source["model"]["ignore_merges"] = True
     for token in source["added_tokens"]:
-        token["id"] += token["content"] not in vocab  # <think> and </think> make room for the new word
+        token["id"] += token["content"] not in vocab  # behind the new word
     return source
 
 
 def smollm2():
+    """Cuts out each digit, and lacks some bytes."""
     digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level()])
-    missing = {4, 6, 0x13, 0x14, 0x16, 0x1D, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)}  # as in SmolLM2
-    return trained(digits, alphabet=[char for byte, char in BYTE_TO_CHAR.items() if byte not in missing])
+    missing = {4, 6, 0x13, 0x14, 0x16, 0x1D, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)}
+    alphabet = [char for byte, char in BYTE_TO_CHAR.items() if byte not in missing]
+    return trained(digits, alphabet=alphabet)
 
 
-FAMILIES = {
-    "gpt2": lambda: trained(byte_level()),
-    "smollm2": smollm2,
-    "qwen": lambda: trained(split(QWEN), normalizers.NFC()),
-    "llama3": llama3,
-    "leftovers": lambda: trained(split(r"\p{L}+")),  # the pattern does not cover digits, spaces, punctuation
-}
+def gpt2():
+    return trained(byte_level())
+
+
+def qwen():
+    return trained(split(QWEN), normalizers.NFC())
+
+
+def leftovers():
+    """Its pattern does not cover digits, spaces and punctuation."""
+    return trained(split(r"\p{L}+"))
+
+
+FAMILIES = {family.__name__: family for family in (gpt2, smollm2, qwen, llama3, leftovers)}
 
 
 @pytest.fixture(scope="module")
@@ -130,19 +141,18 @@ def assert_same_ids(ours, theirs, texts):
 
 @pytest.fixture
 def fake_corpus(monkeypatch):
-    corpus = types.ModuleType("data.toy")
-    corpus.tokenizer_corpus = lambda: SAMPLES
-    monkeypatch.setitem(sys.modules, "data.toy", corpus)
+    monkeypatch.setattr(tokenizer, "tokenizer_corpus", SAMPLES.copy)
 
 
 @pytest.fixture
 def fake_cl100k(monkeypatch, sources, tmp_path):
-    """What tiktoken would download, small: cl100k_base's pattern, and its gap before the special tokens."""
+    """What tiktoken would download, small: cl100k_base's pattern, and its gap in the ids."""
     ranks = Tokenizer.load(write(tmp_path / "ranks", sources["gpt2"])).ranks
-    ranks |= {b"quixotry": 599}  # like some of cl100k_base's, out of reach of merging
+    ranks |= {b"quixotry": 599}  # out of reach of merging
     special = {"<|endoftext|>": 600, "<|fim_prefix|>": 603}
-    encoding = tiktoken.Encoding("fake", pat_str=CL100K, mergeable_ranks=ranks, special_tokens=special)
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    encoding = tiktoken.Encoding(
+        "fake", pat_str=CL100K, mergeable_ranks=ranks, special_tokens=special)
+    monkeypatch.setattr(tiktoken, "get_encoding", {"cl100k_base": encoding}.get)
     return encoding
 
 
@@ -159,21 +169,24 @@ def test_white_space_before_a_digit_is_a_piece_of_its_own(sources, tmp_path):
     assert b"".join(pieces) == b"a   5 12" and [b"5", b" ", b"1", b"2"] == pieces[-4:]
 
 
-def test_special_texts_in_a_document_stay_plain_text(sources, tmp_path):
+def test_special_texts_in_a_document_are_plain_text(sources, tmp_path):
     qwen = Tokenizer.load(write(tmp_path, sources["qwen"]))
-    text = "x<|im_end|><think>y</think>"  # one marked special, two added without the mark, as in Qwen3
+    # One is marked special, two are added without the mark, as in Qwen3.
+    text = "x<|im_end|><think>y</think>"
     assert not set(qwen.encode(text)) & set(qwen.special.values())
     x, y = qwen.encode("x"), qwen.encode("y")
     ids = [qwen.special[name] for name in ("<|im_end|>", "<think>", "</think>")]
     assert qwen.encode(text, special=True) == [*x, *ids[:2], *y, ids[2]]
-    assert all(qwen.decode_bytes(qwen.encode(text, special)) == text.encode() for special in (False, True))
+    for special in (False, True):
+        assert qwen.decode_bytes(qwen.encode(text, special)) == text.encode()
 
 
 def test_special_tokens_in_a_prompt_are_found_before_nfc(sources, tmp_path):
     theirs = tokenizers.Tokenizer.from_str(json.dumps(sources["qwen"]))
     ours = Tokenizer.load(write(tmp_path, sources["qwen"]))
     # NFC would melt ">" and U+0338 into one character if it came before the split.
-    for text in ["<think>\u0338", "<|im_end|>e\u0301</think>", *(t + "<think>" + t for t in TEXTS[:500])]:
+    texts = ["<think>\u0338", "<|im_end|>e\u0301</think>"]
+    for text in texts + [text + "<think>" + text for text in TEXTS[:500]]:
         assert ours.encode(text, special=True) == theirs.encode(text).ids, repr(text)
 
 
@@ -183,7 +196,7 @@ def test_the_longer_of_two_special_tokens_wins(sources, tmp_path):
     assert ours.encode("<|a|><|b|>", special=True) == [1]
 
 
-def test_added_token_that_merges_make_too_is_still_merged_in_plain_text(sources, tmp_path):
+def test_an_added_token_that_merges_make_is_merged_in_plain_text(sources, tmp_path):
     source = json.loads(json.dumps(sources["gpt2"]))
     again = dict(content="an", id=source["model"]["vocab"]["an"])
     source["added_tokens"].append(source["added_tokens"][-1] | again)
@@ -192,17 +205,18 @@ def test_added_token_that_merges_make_too_is_still_merged_in_plain_text(sources,
     assert_same_ids(ours, oracle(source), TEXTS[:300])
 
 
-def test_missing_byte_is_named_and_not_dropped(sources, tmp_path):
+def test_a_byte_without_a_token_is_named(sources, tmp_path):
     smollm2 = Tokenizer.load(write(tmp_path, sources["smollm2"]))
     with pytest.raises(ValueError, match="0x06 at offset 3 "):
         smollm2.encode("é \x06 x")
     with pytest.raises(ValueError, match="0x06 at offset 8 "):
         smollm2.encode("<think>a\x06", special=True)
-    with pytest.raises(ValueError, match=f"token id {smollm2.vocab_size} "):  # tiktoken has such a byte here
+    # The id that tiktoken has for such a byte.
+    with pytest.raises(ValueError, match=f"token id {smollm2.vocab_size} "):
         smollm2.token_bytes(smollm2.vocab_size)
 
 
-def test_lone_surrogate_is_refused_and_not_replaced(sources, tmp_path):
+def test_a_lone_surrogate_is_refused(sources, tmp_path):
     with pytest.raises(ValueError, match="position 2"):
         Tokenizer.load(write(tmp_path, sources["gpt2"])).encode("ab\ud800")
 
@@ -236,24 +250,33 @@ def renumbered(source): source["added_tokens"][-1]["id"] += 5
 
 
 @pytest.mark.parametrize("spoil, field", [
-    (lowercase, "normalizer"), (wordpiece, "model.type"), (dropout, "model.dropout"),
-    (suffix, "model.end_of_word_suffix"), (no_steps, "pre_tokenizer"), (whitespace, "pre_tokenizer"),
-    (prefix_space, "pre_tokenizer"), (removed, "pre_tokenizer"), (swapped_merges, "model.merges"),
-    (unmade_token, "model.vocab"), (foreign_letter, "model.vocab"),
+    (lowercase, "normalizer"),
+    (wordpiece, "model.type"),
+    (dropout, "model.dropout"),
+    (suffix, "model.end_of_word_suffix"),
+    (no_steps, "pre_tokenizer"),
+    (whitespace, "pre_tokenizer"),
+    (prefix_space, "pre_tokenizer"),
+    (removed, "pre_tokenizer"),
+    (swapped_merges, "model.merges"),
+    (unmade_token, "model.vocab"),
+    (foreign_letter, "model.vocab"),
     (repeated_id, "model.vocab: two tokens have the same id"),
-    (whole_numbers, "pre_tokenizer"), (strip, "added_tokens"), (renumbered, "added_tokens"),
+    (whole_numbers, "pre_tokenizer"),
+    (strip, "added_tokens"),
+    (renumbered, "added_tokens"),
 ])
 def test_what_cannot_be_converted_exactly_is_refused_by_field(sources, tmp_path, spoil, field):
     source = json.loads(json.dumps(sources["gpt2"]))
     if spoil in (unmade_token, foreign_letter):
-        del source["added_tokens"][1:]  # keeps the added ids in step with the larger vocabulary
+        del source["added_tokens"][1:]  # their ids would be wrong
     spoil(source)
     with pytest.raises(ValueError, match=f"tokenizer.json: {field}") as error:
         Tokenizer.load(write(tmp_path, source))
     assert "\n" not in str(error.value)
 
 
-def test_unreachable_token_needs_ignore_merges(sources, tmp_path):
+def test_a_token_that_no_merge_makes_needs_ignore_merges(sources, tmp_path):
     source = json.loads(json.dumps(sources["llama3"]))
     assert len(Tokenizer.load(write(tmp_path, source)).encode("quixotry")) == 1
     source["model"]["ignore_merges"] = False
@@ -262,7 +285,8 @@ def test_unreachable_token_needs_ignore_merges(sources, tmp_path):
 
 
 def test_load_errors_say_what_to_do(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="'gpt-2': no such folder, and not one of embedded, .*gpt2"):
+    complaint = "'gpt-2': no such folder, and not one of embedded, .*gpt2"
+    with pytest.raises(ValueError, match=complaint):
         Tokenizer.load("gpt-2")
     with pytest.raises(FileNotFoundError, match="no tokenizer.json"):
         Tokenizer.load(tmp_path)
@@ -278,7 +302,9 @@ def test_load_errors_say_what_to_do(tmp_path, monkeypatch):
 
 
 def test_config_names_the_eos_before_any_guess(sources, tmp_path):
-    load = lambda **config: Tokenizer.load(write(tmp_path, sources["qwen"], **config))
+    def load(**config):
+        return Tokenizer.load(write(tmp_path, sources["qwen"], **config))
+
     assert load().eos_id == 0  # <|im_end|> is a known one
     assert load(eos_token="</think>").eos_id == load().special["</think>"]
     assert load(eos_token={"content": "<think>"}).eos_id == load().special["<think>"]
@@ -289,8 +315,9 @@ def test_config_names_the_eos_before_any_guess(sources, tmp_path):
         nameless.eos_id
 
 
-def test_loaded_folder_is_saved_byte_for_byte_after_it_moved(sources, tmp_path):
-    source = write(tmp_path / "source", sources["qwen"], eos_token="</think>", model_max_length=8192)
+def test_a_loaded_folder_is_saved_byte_for_byte_after_it_has_moved(sources, tmp_path):
+    config = dict(eos_token="</think>", model_max_length=8192)
+    source = write(tmp_path / "source", sources["qwen"], **config)
     (source / "chat_template.jinja").write_text("{{ messages }}")
     tokenizer = Tokenizer.load(source)
     names = sorted(path.name for path in source.iterdir())
@@ -302,22 +329,32 @@ def test_loaded_folder_is_saved_byte_for_byte_after_it_moved(sources, tmp_path):
     assert (again.fingerprint, again.eos_id) == (tokenizer.fingerprint, tokenizer.eos_id)
 
 
+def no_nfc(source): source["normalizer"] = None
+def without_added(source): del source["added_tokens"][1:]
+def fewer_special(source): source["added_tokens"].pop()
+
+
+def other_pattern(source):
+    source["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = LLAMA3
+
+
+def without_added_and_rank(source):
+    without_added(source)
+    source["model"]["vocab"].pop("".join(source["model"]["merges"].pop()))
+
+
 def test_every_difference_changes_the_fingerprint(sources, tmp_path):
-    def fingerprint(change=lambda source: None, **config):
+    same = Tokenizer.load(write(tmp_path, sources["qwen"])).fingerprint
+    fingerprints = {same}
+    changes = [no_nfc, other_pattern, fewer_special, without_added, without_added_and_rank]
+    for change in changes:
         source = json.loads(json.dumps(sources["qwen"]))
         change(source)
-        return Tokenizer.load(write(tmp_path, source, **config)).fingerprint
-
-    def no_nfc(source): source["normalizer"] = None
-    def other_pattern(source): source["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = LLAMA3
-    def fewer_special(source): source["added_tokens"].pop()
-    def fewer_ranks(source): source["model"]["vocab"].pop("".join(source["model"]["merges"].pop()))
-    def without_added(source): del source["added_tokens"][1:]
-    def without_added_and_rank(source): without_added(source), fewer_ranks(source)
-
-    changes = [no_nfc, other_pattern, fewer_special, without_added, without_added_and_rank]
-    assert len({fingerprint(), *map(fingerprint, changes)}) == 1 + len(changes)
-    assert fingerprint() == fingerprint(eos_token="</think>")  # the same ids, another end
+        fingerprints.add(Tokenizer.load(write(tmp_path, source)).fingerprint)
+    assert len(fingerprints) == 1 + len(changes)
+    # The same ids, another end.
+    other_end = Tokenizer.load(write(tmp_path, sources["qwen"], eos_token="</think>"))
+    assert other_end.fingerprint == same
 
 
 def test_embedded_saved_and_loaded_is_the_same_here_and_in_hugging_face(fake_corpus, tmp_path):
@@ -355,9 +392,10 @@ def test_embedded_keeps_digits_and_punctuation_apart_and_boxed_together(fake_cor
 
 
 def test_bpe_merges_computed_by_hand():
-    # "ab" x3 and " ab" x2: a+b is seen 5 times, then " "+"ab" twice; nothing joins across words or digits.
+    # "ab" x3 and " ab" x2: a+b is seen 5 times, then " "+"ab" twice; no words or digits are joined.
     ranks = train_bpe(["ab", "ab", "ab12 ab12 ab"], vocab_size=512)
     assert {token: id for token, id in ranks.items() if id >= 256} == {b"ab": 256, b" ab": 257}
     # All pairs once: ties go to the larger bytes, so "cd" comes before "ab", and " cd" last.
     ranks = train_bpe(["ab cd"], vocab_size=512)
-    assert {token: id for token, id in ranks.items() if id >= 256} == {b"cd": 256, b"ab": 257, b" cd": 258}
+    learnt = {token: id for token, id in ranks.items() if id >= 256}
+    assert learnt == {b"cd": 256, b"ab": 257, b" cd": 258}

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from plumbing.alarms import watcher
+from data.positions import shuffled
+from objectives import Base, Group, Question
+from plumbing.batch import Example, cut, pack, split
 from plumbing.checkpoint import cut_log
+from plumbing.log import StepLog
 from sample import Rollout
-from task import Group, Question
-from train_ntp import document_sequences, learning_rate, micro_batches, ntp_step, shuffled, weighted_loss
-from train_rpt import group_advantages, pack, piece_tokens, policy_loss, policy_step
+from tiny import ntp_step
+from train_ntp import document_examples, learning_rate
+from train_rpt import check_prompts_fit, count_rollout_tokens, group_advantages, policy_loss, policy_update
 
 TEMPERATURE = 0.8
 
@@ -78,7 +81,8 @@ def random_groups(vocab, n=7, G=4, seed=0):
     for i in range(n):
         rollouts = [Rollout(tokens=ids(1, 9)) for _ in range(G)]
         rewards = [1.0] * G if i == 2 else [1.0, *rng.integers(2, size=G - 2).astype(float), 0.0]
-        groups.append(Group(Question([], ids(1, 12), [], 100 + i), rollouts, [None] * G, rewards))
+        question = Question(prompt=ids(1, 12), truth=[], context=[], position=100 + i)
+        groups.append(Group(question, rollouts, [None] * G, rewards))
     return groups
 
 
@@ -101,14 +105,16 @@ def gradients(model):
 
 
 def step(model, groups, advantages, lr=0.0, **changes):
-    """policy_step by plain gradient descent, without a clip, after a sampler that agrees with the trainer."""
+    """policy_update by plain gradient descent, without a clip, after a sampler that agrees with the trainer."""
     for group in groups:
         for rollout in group.rollouts:
             rollout.logprobs = brute_logprobs(model, group, rollout).tolist()
     args = SimpleNamespace(**dict(tokens_per_micro_batch=50, updates_per_batch=1, temperature=TEMPERATURE,
-                                  clip_low=0.2, clip_high=0.2, importance_cap=0.0, entropy_coef=0.0,
-                                  grad_clip=math.inf) | changes)
-    return policy_step(model, torch.optim.SGD(model.parameters(), lr=lr), groups, advantages, args)
+                                  clip_low=0.2, clip_high=0.2, importance_cap=0.0, grad_clip=math.inf)
+                             | changes)
+    batches = pack(Base.examples(None, groups, advantages), args.tokens_per_micro_batch, model.device)
+    return policy_update(model, torch.optim.SGD(model.parameters(), lr=lr), batches,
+                         count_rollout_tokens(groups), args)
 
 
 @pytest.mark.parametrize("tokens_per_micro_batch", [19, 50, 10**6])
@@ -204,20 +210,6 @@ def test_importance_weights_undo_a_sampler_that_drew_something_too_often_up_to_t
     assert metrics["logp_gap"] > 0.1
 
 
-def test_the_entropy_bonus_reaches_dead_groups_too(fp64, tiny_gpt):
-    model, groups = double(tiny_gpt), random_groups(40)[2:3]
-    tokens, entropy, prompt = 0, 0, groups[0].question.prompt
-    for r in groups[0].rollouts:
-        logits = model(torch.tensor([prompt + r.tokens]))[0, len(prompt) - 1:-1]
-        logprobs = (logits / TEMPERATURE).log_softmax(dim=-1)
-        entropy, tokens = entropy - (logprobs.exp() * logprobs).sum(), tokens + len(r.tokens)
-    (-0.1 * entropy / tokens).backward()
-    expected = gradients(model)
-    step(model, groups, [[0.0] * 4], entropy_coef=0.1)
-    assert expected.norm() > 1e-4
-    torch.testing.assert_close(gradients(model), expected, rtol=1e-9, atol=1e-13)
-
-
 def test_a_sampler_that_disagrees_shows_in_logp_gap(tiny_gpt, monkeypatch):
     groups = random_groups(40)[:2]
     advantages = group_advantages(torch.tensor([g.rewards for g in groups])).tolist()
@@ -226,7 +218,7 @@ def test_a_sampler_that_disagrees_shows_in_logp_gap(tiny_gpt, monkeypatch):
     assert step(tiny_gpt, groups, advantages)["logp_gap"] == pytest.approx(0.5, rel=1e-5)
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_update_and_names_the_group(tiny_gpt, tmp_path):
+def test_a_gradient_that_is_not_finite_stops_before_the_update_and_saves_the_batch(tiny_gpt, tmp_path):
     groups = random_groups(40)
     advantages = group_advantages(torch.tensor([g.rewards for g in groups])).tolist()
     advantages[4][1] = math.inf
@@ -234,12 +226,14 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update_and_names_the_gro
     with pytest.raises(ValueError) as error:
         step(tiny_gpt, groups, advantages, lr=1.0, out_dir=tmp_path)
     assert "gradient norm is nan: the update was not applied, the last checkpoint is good" in str(error.value)
-    assert "It comes from group 5 of 7, position 104 in the data" in str(error.value)
     assert all(torch.equal(value, before[name]) for name, value in tiny_gpt.state_dict().items())
     saved = [json.loads(line) for line in (tmp_path / "bad_batch.jsonl").read_text().splitlines()]
-    assert [record["bad"] for record in saved] == [False] * 4 + [True] + [False] * 2
-    assert [record["prompt"] for record in saved] == [group.question.prompt for group in groups]
-    assert [record["responses"] for record in saved] == [[r.tokens for r in g.rollouts] for g in groups]
+    alive = [group for group in groups if group.has_signal]
+    assert sum((record["tokens"] for record in saved), []) == [
+        id for g in alive for id in g.question.prompt + [id for r in g.rollouts for id in r.tokens]]
+    assert sum((record["rollout_lens"] for record in saved), []) == [len(r.tokens) for g in alive for r in g.rollouts]
+    bad = groups[4].rollouts[1]
+    assert [math.isinf(a) for record in saved for a in record["advantages"]].count(True) == len(bad.tokens)
 
 
 @pytest.mark.parametrize("tokens_per_micro_batch", [1, 30, 10**6])
@@ -265,45 +259,74 @@ def test_next_token_gradients_are_those_of_one_weighted_mean(fp64, tiny_gpt, tok
 
 def test_nothing_leaks_between_packed_sequences(tiny_gpt):
     sequences = [([1, 2], [3, 4, 5], [1.0] * 3), ([6], [7, 8], [1.0] * 2)]
-    together = weighted_loss(tiny_gpt, sequences)
-    torch.testing.assert_close(together, sum(weighted_loss(tiny_gpt, [s]) for s in sequences))
+    frozen = torch.optim.SGD(tiny_gpt.parameters(), lr=0.0)
+    together, _ = ntp_step(tiny_gpt, frozen, sequences, 10**6, grad_clip=math.inf)
+    apart = [ntp_step(tiny_gpt, frozen, [sequence], 10**6, grad_clip=math.inf)[0] for sequence in sequences]
+    assert together * 5 == pytest.approx(apart[0] * 3 + apart[1] * 2, rel=1e-6)
 
 
 # ---- small parts -------------------------------------------------------------------------------------------
 
-def test_micro_batches_fill_the_budget_and_lose_nothing():
-    assert list(micro_batches([5, 3, 4, 9, 1, 1], 8, lambda x: x)) == [[5, 3], [4], [9], [1, 1]]
-    assert list(micro_batches([], 8, lambda x: x)) == []
+def test_runs_fill_the_budget_and_lose_nothing():
+    assert cut([5, 3, 4, 9, 1, 1], 8, int) == [[5, 3], [4], [9], [1, 1]]
+    assert cut([], 8, int) == []
 
 
-def groups_of(*shapes):
-    """(prompt length, rollout lengths) -> groups, and advantages that number the rollouts."""
-    groups = [Group(Question([], [0] * p, [], 0), [Rollout(tokens=[1] * r) for r in lens], [], [])
-              for p, lens in shapes]
-    return groups, [[float(i) for i in range(len(g.rollouts))] for g in groups]
+def examples_of(*shapes):
+    """(prompt length, rollout lengths) -> Examples whose advantages number the rollouts."""
+    examples = []
+    for prompt, lengths in shapes:
+        advantages = [[float(i)] * n for i, n in enumerate(lengths)]
+        examples.append(Example([0] * prompt, [[1] * n for n in lengths], advantages, advantages))
+    return examples
 
 
 def test_a_group_longer_than_the_budget_is_split_by_rollouts_and_takes_its_prompt_along():
-    groups, advantages = groups_of((10, [5, 5, 5, 9]), (3, [2, 2]), (4, [1]))
-    batches = pack(groups, advantages, 20)
-    shape = lambda piece: (len(piece[0]), [len(r.tokens) for r, _ in piece[1]], [a for _, a in piece[1]])
-    assert [[shape(piece) for piece in pieces] for pieces in batches] == [
-        [(10, [5, 5], [0.0, 1.0])], [(10, [5], [2.0])], [(10, [9], [3.0])],
-        [(3, [2, 2], [0.0, 1.0]), (4, [1], [0.0])]]
-    assert [sum(map(piece_tokens, pieces)) for pieces in batches] == [20, 15, 19, 12]
-    assert pack([], [], 20) == []
+    examples = examples_of((10, [5, 5, 5, 9]), (3, [2, 2]), (4, [1]))
+    shape = lambda part: (len(part.prompt), list(map(len, part.rollouts)), [a[0] for a in part.advantages])
+    assert [shape(part) for part in split(examples[0], 20)] == [
+        (10, [5, 5], [0.0, 1.0]), (10, [5], [2.0]), (10, [9], [3.0])]
+    batches = pack(examples, 20, "cpu")
+    lengths = lambda layout: (layout.prompt_lens.tolist(), layout.rollout_lens.tolist())
+    assert [lengths(batch.layout) for batch in batches] == [
+        ([10], [5, 5]), ([10], [5]), ([10], [9]), ([3, 4], [2, 2, 1])]
+    assert [len(batch.tokens) for batch in batches] == [20, 15, 19, 12]
+    assert batches[3].advantages.tolist() == batches[3].sampled_logprobs.tolist() == [0, 0, 1, 1, 0]
+    assert pack([], 20, "cpu") == []
 
 
-def test_a_rollout_that_does_not_fit_names_the_numbers():
-    with pytest.raises(ValueError, match=r"prompt of 10 and a response of 11 tokens .* 20: 21 is the least"):
-        pack(*groups_of((10, [5, 11])), 20)
+def test_a_rollout_alone_may_be_longer_than_the_budget():
+    assert [len(batch.tokens) for batch in pack(examples_of((10, [5, 11])), 12, "cpu")] == [15, 21]
+
+
+def test_examples_leave_out_groups_without_a_gradient():
+    groups = random_groups(40)
+    advantages = group_advantages(torch.tensor([g.rewards for g in groups])).tolist()
+    examples = Base.examples(None, groups, advantages)
+    alive = [i for i, group in enumerate(groups) if group.has_signal]
+    assert len(alive) == 6 and [e.prompt for e in examples] == [groups[i].question.prompt for i in alive]
+    for i, example in zip(alive, examples):
+        assert example.advantages == [[a] * len(r.tokens) for a, r in zip(advantages[i], groups[i].rollouts)]
+
+
+def test_a_rollout_that_may_not_fit_names_the_numbers():
+    args = SimpleNamespace(max_new_tokens=11, tokens_per_micro_batch=21)
+    check_prompts_fit(10, args)
+    args.tokens_per_micro_batch = 20
+    with pytest.raises(ValueError, match=r"prompt of 10 and a rollout of 11 tokens .* 20: 21 is the least"):
+        check_prompts_fit(10, args)
 
 
 HEALTHY = dict(frac_zero_std=0.5, format_rate=0.9, logp_gap=1e-6, len_mean=10.0)
 
 
+def watcher(max_new_tokens):
+    args = SimpleNamespace(device="cpu", max_new_tokens=max_new_tokens)
+    return StepLog(args, torch.nn.Linear(1, 1), None).warnings
+
+
 @pytest.mark.parametrize("changes, words", [
-    (dict(format_rate=0.04), "4% of the responses hold a box"), (dict(logp_gap=0.051), "logp_gap is 0.051"),
+    (dict(format_rate=0.04), "4% of the rollouts hold a box"), (dict(logp_gap=0.051), "logp_gap is 0.051"),
     (dict(len_mean=96.0), "96 tokens on average and --max-new-tokens is 100")])
 def test_each_alarm_speaks_once_and_only_when_it_should(changes, words):
     watch = watcher(100)
@@ -334,14 +357,15 @@ def test_a_long_document_gives_every_window_and_the_weights_move_with_it():
     corpus = SimpleNamespace(tokens=tokens, docs=np.array([[0, 4, 10, 0]]))
     seen = set()
     for seed in range(60):
-        (prompt, response, weights), = document_sequences(corpus, [0], 7, 6, 0.2, np.random.default_rng(seed))
-        ids = prompt + response
+        [example] = document_examples(corpus, [0], 7, 6, 0.2, np.random.default_rng(seed))
+        [response], [weights], ids = example.rollouts, example.advantages, example.prompt + example.rollouts[0]
         seen.add(ids[0])
         assert len(ids) == 6 and weights == [1.0 if id >= 104 or id == 7 else 0.2 for id in response]
         assert ids == [*range(100, 110), 7][ids[0] - 100:][:6]
     assert seen == {100, 101, 102, 103, 104, 105}
-    (prompt, response, weights), = document_sequences(corpus, [0], 7, 50, 0.2, np.random.default_rng(0))
-    assert prompt + response == [*range(100, 110), 7] and weights == [0.2] * 3 + [1.0] * 7
+    [example] = document_examples(corpus, [0], 7, 50, 0.2, np.random.default_rng(0))
+    assert example.prompt + example.rollouts[0] == [*range(100, 110), 7]
+    assert example.advantages == [[0.2] * 3 + [1.0] * 7]
 
 
 def test_the_learning_rate_rises_stays_and_ends_near_zero():

@@ -16,15 +16,23 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from data.toy import write_document
+from data.sums import write_document
 from data.filter import score_corpus
-from data.prepare import load_corpus, write_corpus
+from data.corpus import load_corpus, write_corpus
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
-from train_ntp import ntp_step, shuffled
+from data.positions import shuffled
+from plumbing.batch import pack
+from train_ntp import make_example, ntp_update
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def ntp_step(model, optimizer, sequences, tokens_per_micro_batch, grad_clip):
+    """One update of next-token prediction on [(prompt, text, weights)] -> loss, gradient norm."""
+    batches = pack([make_example(*sequence) for sequence in sequences], tokens_per_micro_batch, model.device)
+    return ntp_update(model, optimizer, batches, sum(sum(weights) for _, _, weights in sequences), grad_clip)
 
 
 def tiny_model(vocab_size, max_positions=128):
@@ -32,6 +40,13 @@ def tiny_model(vocab_size, max_positions=128):
         torch.manual_seed(0)
         return GPT(GPTConfig(vocab_size=vocab_size, width=32, n_layers=1, n_heads=2, n_kv_heads=1,
                              head_dim=16, ffn_width=64, max_positions=max_positions))
+
+
+def write_lines(path, *records):
+    """Records, or lines as they are -> a file of JSON lines."""
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
 
 
 def box_string(tokenizer, corpus, doc, rng):

@@ -1,18 +1,22 @@
-"""Tasks and rewards of train_rpt.py: what is asked, what is right, and what the controls leave out."""
+"""Objectives: what is asked, what is right, and what the controls leave out."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import objectives
+from data.questions import read_questions
 from data.tokenizer import Tokenizer
-from model import GPT
+from model import GPT, read_config
+from objectives import Group, Question
+from objectives.rpt import predictions
 from reward import box_at_once, extract_prediction
 from sample import Rollout
-from task import REWARDS, Question, exact_question, make_dense, score
 from test_runs import command, lines
 from tiny import base, corpus, run_here
-from train_ntp import document_sequences, flops_of_run
+from train_ntp import document_examples, flops_of_run
 
 
 @pytest.fixture
@@ -20,55 +24,80 @@ def tokenizer():
     return Tokenizer.load("embedded")
 
 
-def responses(tokenizer, *texts):
-    return [Rollout(tokens=tokenizer.encode(text, special=True)) for text in texts]
+@pytest.fixture
+def objective(base, corpus, tokenizer):
+    """objective(name, **changes): the class with the arguments of a small run."""
+    def make(name, **changes):
+        usual = dict(objective=name, init=base, corpus=corpus.folder, proxy=None, data=None, template="short",
+                     entropy_threshold=0.5, max_prompt_tokens=100, max_new_tokens=10, seed=0,
+                     tokens_per_micro_batch=100)
+        return objectives.load(name)(SimpleNamespace(**usual | changes), tokenizer, read_config(base))
+    return make
 
 
-def test_behind_a_closed_thought_a_box_counts_and_a_second_thought_does_not(tokenizer):
-    question = Question([], [], [b" odd", b","], 0)
-    rollouts = responses(tokenizer, r"\boxed{ odd}", r"hm</think>\boxed{ odd}", r"\boxed{ even}", r"hm \boxed{ odd}")
-    assert score(tokenizer, question, rollouts).rewards == [0.0, 1.0, 0.0, 0.0]
-    assert score(tokenizer, question, rollouts, extract=box_at_once).rewards == [1.0, 0.0, 0.0, 0.0]
+def group_of(tokenizer, question, *texts):
+    return Group(question, [Rollout(tokens=tokenizer.encode(text, special=True)) for text in texts])
 
 
-def test_each_reward_judges_the_same_predictions_in_its_own_way(tokenizer):
-    question = Question([], [], [b" odd", b","], 0)
-    rollouts = responses(tokenizer, *(rf"</think>\boxed{{{p}}}" for p in (" odd", " odd,", " odd one", " o")))
-    found = {name: score(tokenizer, question, rollouts, match).rewards for name, match in REWARDS.items()}
-    assert found["prefix"] == [1, 1, 0, 0]
-    assert found["first-token"] == found["dense"] == found["conditional-dense"] == [1, 1, 1, 0]
+def box(prediction):
+    return rf"</think>\boxed{{{prediction}}}"
 
 
-def test_dense_rewards_are_the_probabilities_of_a_plain_forward(base, tokenizer):
+def test_behind_a_closed_thought_a_box_counts_and_a_second_thought_does_not(objective, tokenizer):
+    texts = (r"\boxed{ odd}", r"hm</think>\boxed{ odd}", r"\boxed{ even}", r"hm \boxed{ odd}")
+    for name, rewards in (("rpt", [0, 1, 0, 0]), ("no_thought", [1, 0, 0, 0])):
+        group = group_of(tokenizer, Question([], [b" odd", b","], [], 0), *texts)
+        objective(name).score(None, [group])
+        assert group.rewards == rewards
+
+
+def test_each_reward_judges_the_same_predictions_in_its_own_way(objective, tokenizer):
+    question = Question([], [b" odd", b","], [], 0)
+    for name, rewards in (("rpt", [1, 1, 0, 0]), ("first_token", [1, 1, 1, 0])):
+        group = group_of(tokenizer, question, *map(box, (" odd", " odd,", " odd one", " o")))
+        objective(name).score(None, [group])
+        assert group.rewards == rewards
+
+
+def test_dense_rewards_are_the_probabilities_of_a_plain_forward(objective, base, tokenizer):
     """A wrong prediction earns P(its first token | context), whatever the group beside it is doing."""
     model = GPT.from_pretrained(base)
     contexts = [tokenizer.encode(text) for text in ("Solution: The digit is", "Problem: Mia")]
     texts = [(" odd", " even", None), (" works", " computes", " zero one")]
-    expected = []
-    groups = []
+    expected, groups = [], []
     for context, row, truth in zip(contexts, texts, (b" odd", b" calculates")):
         probabilities = model(torch.tensor([context]))[0, -1].softmax(dim=-1)
         first = [p and tokenizer.encode(p)[0] for p in row]
         expected.append([1.0 if p and p.encode() == truth else probabilities[i].item() if p else 0.0
                          for p, i in zip(row, first)])
-        answers = responses(tokenizer, *(rf"</think>\boxed{{{p}}}" if p else "</think>" for p in row))
-        groups.append(score(tokenizer, Question(context, [], [truth], 0), answers, REWARDS["dense"]))
-    conditional = [type(g)(**vars(g)) for g in groups]
-    make_dense(model, tokenizer, groups, tokens_per_pass=8)   # one context each
-    make_dense(model, tokenizer, conditional, tokens_per_pass=100, conditional=True)
-    make_dense(model, tokenizer, [], tokens_per_pass=8)       # a rank without questions
-    for group, row in zip(groups, expected):
-        assert group.rewards == pytest.approx(row, rel=1e-4)
+        groups.append(group_of(tokenizer, Question([], [truth], context, 0),
+                               *(box(p) if p else "</think>" for p in row)))
+    conditional = [Group(group.question, group.rollouts) for group in groups]
+    objective("dense", tokens_per_micro_batch=8).score(model, groups)   # one context each
+    objective("conditional_dense").score(model, conditional)
+    objective("dense").score(model, [])                                 # a rank without positions
+    for group, row, context in zip(groups, expected, contexts):
+        assert group.rewards == pytest.approx(row, rel=1e-4) and group.scoring_tokens == len(context)
     assert expected[0][0] == 1 and 0 < expected[0][1] < 1 and expected[0][2] == 0
     assert conditional[0].rewards == pytest.approx(expected[0], rel=1e-4) and conditional[1].rewards == [0, 0, 0]
 
 
-def test_an_exact_question_ends_in_an_open_thought_and_says_when_it_has_no_room(tokenizer):
-    question = exact_question(tokenizer, 3, "Solution: The digit is", "one", "short", [], room=50)
-    assert tokenizer.decode_bytes(question.prompt) == b"Solution: The digit is<think>"
-    assert (question.truth, question.position) == ("one", 3)
-    with pytest.raises(ValueError, match=r"question 4, 'Solution: The digit is'..., takes \d+ tokens.* room for 2"):
-        exact_question(tokenizer, 3, "Solution: The digit is", "one", "short", [], room=2)
+def test_an_exact_question_ends_in_an_open_thought_and_says_when_it_has_no_room(objective, questions, tokenizer):
+    asked = objective("answers", data=questions)
+    question = asked.question(3)
+    text, truth = read_questions(questions)[3]
+    assert tokenizer.decode_bytes(question.prompt).decode() == text + "<think>"
+    assert (question.truth, question.position) == (truth, 3)
+    longest = max(len(asked.question(i).prompt) for i in asked.positions)
+    assert asked.longest_prompt() == longest
+    with pytest.raises(ValueError, match=rf"question \d+, 'Problem.*takes {longest} tokens.* room for {longest - 1}"):
+        objective("answers", data=questions, max_prompt_tokens=longest - 1).longest_prompt()
+
+
+def test_the_longest_prompt_of_text_is_that_of_the_longest_context(objective):
+    for room in (100, 20):
+        asked = objective("rpt", max_prompt_tokens=room)
+        assert asked.longest_prompt() == max(len(asked.question(p).prompt) for p in asked.positions) <= room
 
 
 @pytest.fixture
@@ -84,8 +113,8 @@ def questions(corpus, tokenizer, tmp_path):
 
 
 def test_a_run_on_questions_rewards_exact_answers_and_resumes_to_the_same_bits(corpus, base, questions, tmp_path):
-    line = lambda name, **more: [x for x in command("train_rpt.py", corpus, base, tmp_path / name, task="answers",
-                                                    data=questions, **more)]
+    line = lambda name, **more: [x for x in command("train_rpt.py", corpus, base, tmp_path / name,
+                                                    objective="answers", data=questions, **more)]
     assert run_here(*line("whole"))[0] == 0
     assert run_here(*line("halves", steps=3))[0] == 0 and run_here(*line("halves", resume=True))[0] == 0
     assert lines(tmp_path / "whole") == lines(tmp_path / "halves")
@@ -97,25 +126,25 @@ def test_a_run_on_questions_rewards_exact_answers_and_resumes_to_the_same_bits(c
 
 
 def test_without_a_thought_every_response_is_a_box(corpus, base, tmp_path):
-    line = command("train_rpt.py", corpus, base, tmp_path / "run", no_thought=True)
+    line = command("train_rpt.py", corpus, base, tmp_path / "run", objective="no_thought")
     assert run_here(*line)[0] == 0
     assert lines(tmp_path / "run")[0]["format_rate"] > 0.5
     assert not any("</think>" in r["response"] for r in lines(tmp_path / "run", "samples.jsonl")[:2])
 
 
-@pytest.mark.parametrize("reward", ["first-token", "dense", "conditional-dense"])
-def test_a_run_takes_each_reward(corpus, base, tmp_path, reward):
-    line = command("train_rpt.py", corpus, base, tmp_path / "run", reward=reward)
+@pytest.mark.parametrize("name", ["first_token", "dense", "conditional_dense"])
+def test_a_run_takes_each_reward(corpus, base, tmp_path, name):
+    line = command("train_rpt.py", corpus, base, tmp_path / "run", objective=name)
     code, _, err = run_here(*line)
     assert (code, err) == (0, "")
     rewards = {r["reward"] for r in lines(tmp_path / "run", "samples.jsonl")}
-    assert (rewards <= {0.0, 1.0}) == (reward == "first-token") or reward == "conditional-dense"
+    assert (rewards <= {0.0, 1.0}) == (name == "first_token") or name == "conditional_dense"
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(task="answers"), "--task answers needs --data"),
-    (dict(task="answers", data="x.jsonl", template="v0"), "--template v0 is none of chat, short"),
-    (dict(task="answers", data="x.jsonl", reward="dense"), "--reward dense is for --task lm"),
+    (dict(objective="answers"), "--objective answers needs --data"),
+    (dict(objective="answers", data="x.jsonl", template="v0"), "--template v0: questions are asked with chat or short"),
+    (dict(objective="none"), "--objective: invalid choice: 'none'"),
     (dict(rollouts=1), "--rollouts must be at least 2"), (dict(grad_clip=0), "--grad-clip must be at least 0.001")])
 def test_flags_that_do_not_fit_together_are_one_line(corpus, base, tmp_path, changes, words):
     code, _, err = run_here(*command("train_rpt.py", corpus, base, tmp_path / "run", **changes))
@@ -127,8 +156,8 @@ def test_flags_that_do_not_fit_together_are_one_line(corpus, base, tmp_path, cha
 def test_own_strings_are_rollouts_that_the_text_bears_out(corpus, base, tokenizer, tmp_path):
     """As many as there are right ones: every string's box is the beginning of what follows its prompt."""
     out = tmp_path / "own.jsonl"
-    code, _, err = run_here("data/warmstart.py", "--own", "--corpus", corpus.folder, "--proxy", base, "--template",
-                            "short", "--count", 30, "--samples", 3, "--max-new-tokens", 12, "--out", out)
+    code, _, err = run_here("paper/own_rollouts.py", "--corpus", corpus.folder, "--init", base, "--template",
+                            "short", "--count", 30, "--rollouts", 3, "--max-new-tokens", 12, "--out", out)
     assert (code, err) == (0, "")
     strings = [json.loads(line) for line in out.read_text().splitlines()]
     texts = [corpus.tokens[start:end].tolist() for start, _, end, is_val in corpus.docs.tolist() if not is_val]
@@ -163,11 +192,13 @@ def test_a_loss_on_chosen_tokens_alone_is_the_mean_over_these(corpus, tokenizer,
     counts = np.zeros(len(corpus.tokens), dtype=bool)
     counts[[start + 3, end - 2]] = True
     rng = np.random.default_rng(0)
-    (_, response, weights), = document_sequences(corpus, [0], tokenizer.eos_id, 1000, 0.5, rng, counts)
+    [example] = document_examples(corpus, [0], tokenizer.eos_id, 1000, 0.5, rng, counts)
+    [response], [weights] = example.rollouts, example.advantages
     assert [i for i, w in enumerate(weights) if w] == [2, end - 2 - start - 1] and weights[2] == 0.5
     assert response[2] == corpus.tokens[start + 3]
     for _ in range(20):
-        (prompt, response, weights), = document_sequences(corpus, [0], tokenizer.eos_id, 8, 0.5, rng, counts)
+        [example] = document_examples(corpus, [0], tokenizer.eos_id, 8, 0.5, rng, counts)
+        [response], [weights] = example.rollouts, example.advantages
         chosen = {int(corpus.tokens[start + 3]), int(corpus.tokens[end - 2])}
         assert {id for id, w in zip(response, weights) if w} <= chosen
 

@@ -1,0 +1,81 @@
+r"""A control: the base's own right rollouts, as strings for supervised training.
+
+    python paper/own_rollouts.py --corpus C --init BASE --count 4800 --rollouts 8 --out own.jsonl
+    python train_ntp.py --corpus C --init BASE --strings own.jsonl --documents-per-step 0 ...
+
+Training on them (rejection sampling) shows whether RPT needs its wrong rollouts.
+"""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+if __name__ == "__main__":  # the repository, not paper/, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from data.prompt import stop_ids
+from data.tokenizer import Tokenizer
+from model import GPT
+from objectives import Group, rpt
+from plumbing import flags
+from plumbing.checkpoint import write
+from plumbing.log import RolloutBar, text_of
+from sample import generate
+
+
+def own_strings(model, tokenizer, args):
+    """Rollouts about --count positions -> {"prompt", "response", "text"} for each that is right."""
+    objective = rpt.Objective(args, tokenizer, model.config)
+    order = np.random.default_rng(args.seed).permutation(len(objective.positions))[:args.count]
+    questions = [objective.question(objective.positions[i]) for i in order]
+    prompts = [question.prompt for question in questions]
+    with RolloutBar(len(prompts) * args.rollouts, "own rollouts") as bar:
+        rollouts = generate(model, prompts, args.rollouts, args.max_new_tokens, args.temperature,
+                            stop_ids(tokenizer), (args.seed, 1 << 21), on_tokens=bar)
+    groups = [Group(question, some) for question, some in zip(questions, rollouts)]
+    objective.score(model, groups)
+    strings = []
+    for group in groups:
+        for rollout, reward in zip(group.rollouts, group.rewards):
+            if reward:
+                text = text_of(tokenizer.decode_bytes(rollout.tokens))
+                strings.append(dict(prompt=group.question.prompt, response=rollout.tokens,
+                                    text=text))
+    return strings
+
+
+def parse_args():
+    parser = flags.Parser("A checkpoint's own right rollouts about training text.")
+    add, at_least = parser.add_argument, flags.at_least
+    add("--corpus", required=True,
+        help="folder written by data/prepare.py and scored by data/filter.py")
+    add("--init", required=True, help="checkpoint that samples them")
+    add("--proxy", help="checkpoint whose entropies choose the positions; default: the only one")
+    add("--out", required=True, help="JSONL file to write")
+    add("--count", type=at_least(1), default=2000, help="positions")
+    add("--rollouts", type=at_least(1), default=8, metavar="G", help="thoughts about each position")
+    add("--template", default="v0", help="prompt of data/prompt.py: v0 to v6, or short")
+    add("--entropy-threshold", type=at_least(0, float), default=0.5,
+        help="only positions above this entropy, nats")
+    add("--max-prompt-tokens", type=at_least(1), default=512,
+        help="longer contexts lose their beginning")
+    add("--max-new-tokens", type=at_least(1), default=512, help="tokens of a rollout")
+    add("--temperature", type=at_least(0, float), default=1.0, help="of sampling")
+    add("--seed", type=at_least(0), default=0)
+    flags.add_device_flag(add)
+    args = parser.parse_args()
+    args.objective = "rpt"
+    return args
+
+
+if __name__ == "__main__":
+    sys.excepthook = flags.speak_once
+    args = parse_args()
+    tokenizer = Tokenizer.load(args.init)
+    model = GPT.from_pretrained(args.init, flags.compute_dtype(args.device), args.device)
+    strings = own_strings(model, tokenizer, args)
+    if not strings:
+        raise ValueError(f"{args.out}: not one of {args.count} positions was predicted")
+    write(args.out, "".join(json.dumps(string, ensure_ascii=False) + "\n" for string in strings))
+    print(f"{len(strings):,} strings written to {args.out}, the last one:\n"
+          f"    {strings[-1]['text']}")

@@ -1,0 +1,234 @@
+"""What a training run says: a line for each step, metrics.jsonl, samples.jsonl, warnings.
+
+    log.start(); ...; log.lap("gen"); ...; log.lap("train"); log.write(step, groups, update)
+
+docs/log.md explains every metric.
+"""
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from plumbing import parallel
+
+SAMPLES = 2               # rollouts a step in samples.jsonl; --rollouts is no less
+CONTEXT_TOKENS = 64       # of the end of the context, in samples.jsonl
+QUIET_STEPS = 20          # steps in which no group has a signal, before a warning
+# bf16, dense, FLOP/s. On hardware that is not listed mfu is 0.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+class StepLog:
+    """Times a step, computes its metrics, and writes them on rank 0."""
+
+    def __init__(self, args, model, tokenizer):
+        self.args = args
+        self.tokenizer = tokenizer
+        self.parameters = sum(weight.numel() for weight in model.parameters())
+        self.peak_flops = math.inf
+        gpu = torch.cuda.get_device_name() if args.device == "cuda" else ""
+        for name, flops in PEAK_FLOPS.items():
+            if name in gpu:
+                self.peak_flops = flops
+        self.warned = set()
+        self.quiet_steps = 0
+
+    def start(self):
+        """Begin a step."""
+        self.seconds = dict(gen=0.0, reward=0.0, train=0.0)
+        self.clock = time.perf_counter()
+
+    def lap(self, phase):
+        """Add the slowest rank's time since the last lap to "gen", "reward" or "train"."""
+        self.seconds[phase] += max(parallel.gather_lists([time.perf_counter() - self.clock]))
+        self.clock = time.perf_counter()
+
+    def write(self, step, groups, update):
+        """Log a step. All ranks call this.
+
+        groups: all that this rank has sampled. update: the metrics of `policy_update`.
+        """
+        groups = parallel.gather_lists(groups)
+        metrics = dict(step=step) | rollout_metrics(groups) | update
+        metrics |= self.speed_metrics(metrics, sum(map(count_read_tokens, groups)))
+        if parallel.RANK > 0:
+            return
+        run = self.args.out_dir
+        # JSON has no NaN, so a metric that this step could not measure becomes null.
+        valid = {name: None if value != value else value for name, value in metrics.items()}
+        append(f"{run}/metrics.jsonl", [valid])
+        append(f"{run}/samples.jsonl",
+               [dict(step=step) | in_words(self.tokenizer, groups[0], i) for i in range(SAMPLES)])
+        print(step_line(self.args.steps, metrics), flush=True)
+        for warning in self.warnings(metrics):
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+    def speed_metrics(self, metrics, read):
+        """read: tokens that the policy has read to sample and to score."""
+        seconds, trained = self.seconds, metrics["trained_tokens"]
+        update_flops = 6 * self.parameters * trained
+        flops_per_second = update_flops / seconds["train"] / parallel.WORLD
+        return dict(
+            lr=self.args.lr,
+            gen_tok_s=metrics["tokens"] / seconds["gen"],
+            train_tok_s=trained / seconds["train"],
+            mfu=flops_per_second / self.peak_flops,
+            flops=2 * self.parameters * read + update_flops,
+            dt_gen=seconds["gen"], dt_reward=seconds["reward"], dt_train=seconds["train"])
+
+    def warnings(self, metrics):
+        """Metrics of a step -> new warnings about what is likely wrong with this run."""
+        self.quiet_steps = self.quiet_steps + 1 if metrics["frac_zero_std"] == 1 else 0
+        longest, found = self.args.max_new_tokens, {}
+        if self.quiet_steps >= QUIET_STEPS:
+            found["signal"] = (
+                f"for {QUIET_STEPS} steps all rewards of each group have been equal, so nothing is "
+                "learnt: the task is too hard or too easy (try another --entropy-threshold or "
+                "--init), or --rollouts is too small")
+        if metrics["format_rate"] < 0.05:
+            found["form"] = (
+                f"{metrics['format_rate']:.0%} of the rollouts hold a box: the model does not know "
+                "the form (warm start: data/warmstart.py and train_ntp.py --strings), or has no "
+                "room (--max-new-tokens)")
+        if metrics["logp_gap"] > 0.05:
+            found["gap"] = (
+                f"logp_gap is {metrics['logp_gap']:.2g}: sampler and trainer disagree about the "
+                "same tokens, so this is not on-policy; --kernels bitwise makes them agree, "
+                "--importance-cap corrects some of it")
+        if metrics["len_mean"] > 0.95 * longest:
+            found["length"] = (
+                f"rollouts have {metrics['len_mean']:.0f} tokens on average and --max-new-tokens "
+                f"is {longest}: thoughts are cut off before they reach the box; raise it")
+        new = [name for name in found if name not in self.warned]
+        self.warned.update(new)
+        return [found[name] for name in new]
+
+
+class RolloutBar:
+    """For `generate(on_tokens=...)`: a progress bar over rollouts, on terminals only."""
+
+    def __init__(self, total, desc, disable=None):
+        self.bar = tqdm(total=total, desc=desc, unit="rollout", leave=False, disable=disable)
+        self.start, self.tokens = time.perf_counter(), 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def __call__(self, drawn, ended):
+        self.tokens += len(drawn)
+        speed = self.tokens / (time.perf_counter() - self.start)
+        self.bar.set_postfix_str(f"{speed:,.0f} tok/s", refresh=False)
+        self.bar.update(ended - self.bar.n)
+
+
+# ---- metrics ----
+
+def rollout_metrics(groups):
+    """Groups of all ranks -> the metrics of their rollouts."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    predictions = [prediction for group in groups for prediction in group.predictions]
+    rewards = np.array([group.rewards for group in groups])                      # (N, G)
+    tokens = sum(len(rollout.tokens) for rollout in rollouts)
+    logprobs = sum(sum(rollout.logprobs) for rollout in rollouts)
+    hits = [len(p) for p, reward in zip(predictions, rewards.flat) if reward == 1]
+    return dict(
+        reward=rewards.mean(),
+        reward_std=rewards.std(),
+        frac_zero_std=(rewards.std(axis=1) == 0).mean(),
+        reward_pass_at_g=rewards.max(axis=1).mean(),
+        match_len=np.mean(hits) if hits else math.nan,
+        format_rate=np.mean([prediction is not None for prediction in predictions]),
+        tokens=tokens,
+        len_mean=tokens / len(rollouts),
+        frac_truncated=np.mean([not rollout.finished for rollout in rollouts]),
+        entropy=-logprobs / tokens)                                              # an estimate
+
+
+def count_read_tokens(group):
+    """Tokens that the policy has read to sample and score a group; its prompt counts once."""
+    sampled = sum(len(rollout.tokens) for rollout in group.rollouts)
+    return len(group.question.prompt) + sampled + group.scoring_tokens
+
+
+def step_line(steps, m):
+    """Metrics of a step -> the line on the screen."""
+    gap = f"{m['logp_gap']:.1e}" if m["logp_gap"] else "0.0"
+    if math.isnan(m["logp_gap"]):  # no group had a gradient
+        gap = "-"
+    seconds = m["dt_gen"] + m["dt_reward"] + m["dt_train"]
+    return (f"step {m['step']:05d}/{steps:05d} | reward {m['reward']:.3f} | "
+            f"fmt {m['format_rate']:.2f} | zero_std {m['frac_zero_std']:.2f} | "
+            f"ent {m['entropy']:.2f} | len {m['len_mean']:.0f} | gnorm {m['grad_norm']:.2f} | "
+            f"gap {gap} | gen {m['gen_tok_s']:,.0f} tok/s | train {m['train_tok_s']:,.0f} tok/s | "
+            f"dt {seconds:.1f}s")
+
+
+# ---- files ----
+
+def in_words(tokenizer, group, i):
+    """Rollout i of a group as text, with its context, the truth and its reward."""
+    question, prediction = group.question, group.predictions[i]
+    truth = question.truth
+    if not isinstance(truth, str):
+        truth = text_of(b"".join(truth[:4]))
+    return dict(
+        context=text_of(tokenizer.decode_bytes(question.context[-CONTEXT_TOKENS:])),
+        truth=truth,
+        response=text_of(tokenizer.decode_bytes(group.rollouts[i].tokens)),
+        extracted=None if prediction is None else text_of(prediction),
+        reward=group.rewards[i])
+
+
+def text_of(raw):
+    """Bytes -> text; bytes that are not UTF-8 become escapes."""
+    return raw.decode("utf-8", "backslashreplace")
+
+
+def save_batch(path, batches):
+    """Write the micro-batches of all ranks, one a line, so that a bad one can be found."""
+    records = parallel.gather_lists([dict(
+        prompt_lens=batch.layout.prompt_lens.tolist(),
+        rollout_lens=batch.layout.rollout_lens.tolist(),
+        tokens=batch.tokens.tolist(), advantages=batch.advantages.tolist(),
+        sampled_logprobs=batch.sampled_logprobs.tolist()) for batch in batches])
+    if parallel.RANK == 0:
+        Path(path).unlink(missing_ok=True)
+        append(path, records)
+
+
+def append(path, records):
+    """Add JSON lines to a log."""
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(lines))
+
+
+def read_metrics(run):
+    """Run folder -> a dict for each step. A last line torn by a kill is ignored."""
+    path = Path(run) / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, so {run} is not the folder of a training "
+                                "run")
+    lines, steps = path.read_bytes().splitlines(), []
+    for number, line in enumerate(lines, start=1):
+        try:
+            step = json.loads(line)
+        except ValueError:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path} line {number}: not JSON: {line[:60]!r}") from None
+        if not isinstance(step, dict) or "step" not in step:
+            raise ValueError(f"{path} line {number}: expected an object with 'step', "
+                             f"got {line[:60]!r}")
+        steps.append(step)
+    if not steps:
+        raise ValueError(f"{path}: no complete line in it")
+    return steps
