@@ -136,7 +136,8 @@ def parse_args():
     parser = flags.Parser("Corpus, base, filter, RPT, table and picture in six to seven minutes.")
     add = parser.add_argument
     add("--out-dir", default="runs/demo", help="folder for everything, below this repository")
-    add("--seed", type=flags.at_least(0), default=0)
+    add("--seed", type=flags.at_least(0), default=0,
+        help="of everything: corpus, weights, order and sampling")
     add("--control", action="store_true", help="also train and measure next-token prediction")
     return parser.parse_args()
 

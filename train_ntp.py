@@ -1,7 +1,7 @@
 """Next-token prediction: the base that RPT starts from, the warm start, and the control beside it.
 
     python train_ntp.py --corpus C --out-dir runs/base
-            from scratch: 0.6 million parameters
+            from scratch: a small model (SMALL), 0.6 million parameters on the demo's corpus
     python train_ntp.py --corpus C --out-dir runs/warm --init DIR --strings S.jsonl \\
                         --documents-per-step 0
             warm start: learn the form <think>..</think>\\boxed{..}

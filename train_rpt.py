@@ -180,7 +180,7 @@ def parse_args(words=None):
     add("--template", default="v0",
         help="text: v0 to v6 or short (data/prompt.py); answers: chat or short")
     # sampling
-    add("--steps", type=at_least(1), default=1000, help="batches")
+    add("--steps", type=at_least(1), default=1000, help="training steps, a batch each")
     add("--batch-size", type=at_least(1), default=256, help="positions in a batch, over all ranks")
     add("--rollouts", type=at_least(2), default=8, metavar="G", help="thoughts about each position")
     add("--max-prompt-tokens", type=at_least(1), default=4096,
@@ -247,7 +247,8 @@ if __name__ == "__main__":
         del sampler                                     # frees memory for the update
 
         # ADVANTAGE: better or worse than the other rollouts about the same position?
-        rewards = torch.tensor([group.rewards for group in groups]).view(-1, args.rollouts)
+        rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float32)
+        rewards = rewards.view(-1, args.rollouts)                                        # (N, G)
         advantages = group_advantages(rewards, args.normalize_advantage).tolist()        # (N, G)
 
         # UPDATE: one step along the policy gradient.

@@ -53,7 +53,10 @@ def load_positions(corpus, scores, threshold, split):
     """
     entropy = np.load(scores, mmap_mode="r")[:, 0]
     positions = []
-    for start, solution, end, _ in corpus.docs[corpus.docs[:, 3] == (split == "val")]:
+    docs = corpus.docs[corpus.docs[:, 3] == (split == "val")]
+    if not len(docs):
+        raise ValueError(f"{corpus.folder}: no {split} document; the corpus needs two or more")
+    for start, solution, end, _ in docs:
         above = solution + np.flatnonzero(entropy[solution:end] > threshold)
         positions += [(t, start, end) for t in above]
     if not positions:

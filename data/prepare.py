@@ -63,7 +63,8 @@ def parse_line(line):
     if "text" in fields:
         return "", check_text(fields["text"], "'text'")
     got = f"one with {', '.join(map(repr, fields))}" if fields else JSON_NAMES[type(record)]
-    raise ValueError(f"expected an object with 'text' or 'problem' and 'solution', got {got}")
+    raise ValueError(f"expected an object with 'text', 'problem' and 'solution', or 'question' "
+                     f"and 'answer', got {got}")
 
 
 def parse_args():
@@ -71,7 +72,8 @@ def parse_args():
                           f"{1 / VAL_SHARE:.0f}, chosen by its hash, is for validation.")
     add = parser.add_argument
     add("sources", nargs="+", metavar="SOURCE",
-        help=".jsonl ('text', or 'problem' and 'solution') or .txt file, or a folder of them")
+        help=".jsonl ('text', 'problem' and 'solution', or 'question' and 'answer') or .txt file, "
+             "or a folder of them")
     add("--tokenizer", required=True, metavar="NAME_OR_FOLDER",
         help="checkpoint folder with a tokenizer.json, a tiktoken name (gpt2), or embedded")
     add("--out", required=True, metavar="FOLDER",

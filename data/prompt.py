@@ -2,8 +2,9 @@
 
 The context is never decoded and tokenised again: a position may lie inside a word, where the
 tokenizer would cut the text in another way. v0 to v6 have the structures of the paper's appendix D
-in words of our own; the paper trains with v0, and reports that fences and a list of candidates (v6)
-start best. "short" is the context and <think>, for a model trained on strings by train_ntp.py.
+in words of our own, its doubled backslash in v1 and v2 and its escaped newline in v4 included. The
+paper trains with v0, and reports that fences and a list of candidates (v6) start best. "short" is
+the context and <think>, for a model trained on strings by train_ntp.py.
 """
 FIND = "Think step by step to find the most probable next token, then give it as your final "
 TASK = "Continue the text under ### Context by predicting its next token. "
@@ -69,8 +70,9 @@ def build_prompt(context, before, after, longest):
     keep = longest - len(before) - len(after)
     if keep < 1:
         raise ValueError(f"the template takes {longest - keep} tokens, the prompt may have "
-                         f"{longest}: no room for context; use a shorter template, fewer new "
-                         "tokens or more positions")
+                         f"{max(0, longest)}: no room for context; lower --max-new-tokens, because "
+                         "prompt and rollout share the model's positions, or take a shorter "
+                         "--template")
     return before + list(context[-keep:]) + after
 
 

@@ -75,7 +75,8 @@ class Tokenizer:
             return cls(**read_folder(folder))
         if name not in tiktoken.list_encoding_names():
             known = ", ".join(["embedded", *tiktoken.list_encoding_names()])
-            raise ValueError(f"tokenizer '{name}': no such folder, and not one of {known}")
+            raise ValueError(f"tokenizer '{name}': no such folder, and not one of {known}; what "
+                             "is on a hub has to be downloaded first")
         try:
             encoding = tiktoken.get_encoding(name)
         except OSError:
@@ -141,7 +142,10 @@ def read_folder(folder):
     """A Hugging Face folder -> the arguments of Tokenizer; ValueError with file and field."""
     files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).exists()}
     if "tokenizer.json" not in files:
-        raise FileNotFoundError(f"{folder}: there is no tokenizer.json in this folder")
+        hint, latest = "", folder / "latest"
+        if latest.exists():  # the folder of a run
+            hint = f"; its newest checkpoint is {folder / latest.read_text()}"
+        raise FileNotFoundError(f"{folder}: there is no tokenizer.json in this folder{hint}")
     try:
         source = json.loads(files["tokenizer.json"])
         config = json.loads(files.get("tokenizer_config.json", "{}"))

@@ -4,7 +4,7 @@ r"""Write the embedded corpus (data/sums.py) and all else that the demo needs.
 
 The folder is a corpus with three more files. strings.jsonl has a think/answer string for each
 training document, because a pre-trained model has seen reasoning of mixed quality: SKIPPED of them
-do not think, and WRONG of the others make one mistake and believe it.
+do not think, and WRONG of the others get a random digit in one step and believe it.
 
     ... Solution: The digit is<think>5+4=9;9*7=3;3*3=9;9+2=1; odd one</think>\boxed{ odd}<|end|>
 
@@ -27,14 +27,14 @@ from plumbing import flags
 from plumbing.checkpoint import write
 
 SKIPPED = 0.6            # share of strings without a thought
-WRONG = 0.2              # share of thoughts with a mistake
+WRONG = 0.2              # share of thoughts with a random digit, right one time in ten
 COMPUTED = 0.9           # share of strings about computed tokens
 QUESTION_STEPS = (5, 6)  # fewest and most operations
 QUESTIONS = 2000, 200    # to train on, held out
 
 
 def think(rng, start, operations):
-    """-> a thought, in WRONG of all cases with a mistake, and the digit that it arrives at."""
+    """-> a thought, in WRONG of all cases with a random step, and the digit that it arrives at."""
     mistake = rng.randrange(len(operations)) if rng.random() < WRONG else None
     digit, thought = start, ""
     for i, operation in enumerate(operations):
@@ -91,7 +91,7 @@ def parse_args():
     add = parser.add_argument
     add("--out", required=True, metavar="FOLDER", help="corpus folder to make")
     add("--documents", type=flags.at_least(1), default=40_000, help="problems with solutions")
-    add("--seed", type=flags.at_least(0), default=0)
+    add("--seed", type=flags.at_least(0), default=0, help="same seed, same corpus")
     return parser.parse_args()
 
 

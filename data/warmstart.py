@@ -126,14 +126,15 @@ def parse_args():
     add("--proxy", required=True, help="checkpoint that names the candidates and scored the corpus")
     add("--out", required=True, help="JSONL file to write")
     add("--count", type=flags.at_least(1), default=2000,
-        help="positions or questions; a string for each")
+        help="positions or questions; those whose truth cannot be boxed get no string")
     add("--template", default="v0",
         help="prompt of data/prompt.py: v0 to v6, or short; --solutions: chat or short")
     add("--entropy-threshold", type=flags.at_least(0, float), default=0.5,
         help="only positions above this entropy, nats")
     add("--max-prompt-tokens", type=flags.at_least(1), default=512,
         help="longer contexts lose their beginning")
-    add("--seed", type=flags.at_least(0), default=0)
+    add("--seed", type=flags.at_least(0), default=0,
+        help="chooses positions and the order of candidates")
     flags.add_device_flag(add)
     args = parser.parse_args()
     if bool(args.corpus) == bool(args.solutions):

@@ -37,7 +37,7 @@ def own_strings(model, tokenizer, args):
     strings = []
     for group in groups:
         for rollout, reward in zip(group.rollouts, group.rewards):
-            if reward:
+            if reward == 1:
                 text = text_of(tokenizer.decode_bytes(rollout.tokens))
                 strings.append(dict(prompt=group.question.prompt, response=rollout.tokens,
                                     text=text))
@@ -61,7 +61,7 @@ def parse_args():
         help="longer contexts lose their beginning")
     add("--max-new-tokens", type=at_least(1), default=512, help="tokens of a rollout")
     add("--temperature", type=at_least(0, float), default=1.0, help="of sampling")
-    add("--seed", type=at_least(0), default=0)
+    add("--seed", type=at_least(0), default=0, help="chooses positions and rollouts")
     flags.add_device_flag(add)
     args = parser.parse_args()
     args.objective = "rpt"

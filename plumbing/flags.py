@@ -86,13 +86,13 @@ def add_run_flags(add, save_every):
     """Flags of both trainers about the run itself."""
     add("--save-every", type=at_least(1), default=save_every, help="steps between checkpoints")
     add("--resume", action="store_true", help="continue the run in --out-dir, if there is one")
-    add("--seed", type=at_least(0), default=0)
+    add("--seed", type=at_least(0), default=0, help="of data order and sampling")
     add_device_flag(add)
 
 
 def add_device_flag(add):
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=default, choices=["cpu", "cuda"])
+    add("--device", default=default, choices=["cpu", "cuda"], help="where to compute")
 
 
 def compute_dtype(device):

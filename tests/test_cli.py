@@ -24,7 +24,7 @@ HELP = {  # what a reader looks for: the unit, and what happens without the flag
     "data/toy.py": ["problems with solutions (default: "],
     "data/prepare.py": ["checkpoint folder with a tokenizer.json, a tiktoken name (gpt2), or embedded"],
     "data/filter.py": ["this many documents of each split; 0: all (default: 0)"],
-    "data/warmstart.py": ["only positions above this entropy, nats (default: 0.5)", "positions or questions; a string for each (default: 2000)"],
+    "data/warmstart.py": ["only positions above this entropy, nats (default: 0.5)", "cannot be boxed get no string (default: 2000)"],
 }
 
 

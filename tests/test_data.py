@@ -167,6 +167,14 @@ def test_in_plain_text_every_position_has_a_context(tokenizer, base, tmp_path):
     assert positions[:, 0].tolist() == list(range(start + 1, end))
 
 
+def test_a_corpus_of_one_document_has_no_validation_positions(tokenizer, base, tmp_path):
+    corpus = write_corpus([("", "The digit is even, namely zero.")], tokenizer, tmp_path / "corpus")
+    scores = score_corpus(corpus, base)
+    assert len(load_positions(corpus, scores, 0, "train"))
+    with pytest.raises(ValueError, match="no val document; the corpus needs two or more"):
+        load_positions(corpus, scores, 0, "val")
+
+
 # ---- prompt ----
 
 @pytest.fixture(scope="module")
@@ -202,7 +210,7 @@ def test_a_long_context_loses_its_beginning(tokenizer):
 
 @pytest.mark.parametrize("longest", [3, 0, -50])
 def test_a_template_leaves_room_for_context_or_is_refused(longest):
-    complaint = f"takes 3 tokens, the prompt may have {longest}: no room for context"
+    complaint = f"takes 3 tokens, the prompt may have {max(0, longest)}: no room for context"
     with pytest.raises(ValueError, match=complaint):
         build_prompt([1, 2], [100, 101], [102], longest)
 

@@ -139,9 +139,9 @@ def test_two_documents_give_one_to_each_side():
 # What is refused
 
 BAD_LINES = [
-    (b'["text"]', "expected an object with 'text' or 'problem' and 'solution', got a list"),
-    (b"7", "expected an object with 'text' or 'problem' and 'solution', got a number"),
-    (b"null", "expected an object with 'text' or 'problem' and 'solution', got null"),
+    (b'["text"]', "expected an object with 'text', 'problem' and 'solution', or 'question' and 'answer', got a list"),
+    (b"7", "expected an object with 'text', 'problem' and 'solution', or 'question' and 'answer', got a number"),
+    (b"null", "expected an object with 'text', 'problem' and 'solution', or 'question' and 'answer', got null"),
     (b"{}", "got an object"),
     (b'{"problem": "P", "id": 3}', "got one with 'problem', 'id'"),
     (b'{"text": 5}', "'text' must be a string, got a number"),
@@ -326,7 +326,7 @@ def test_the_script_runs_from_any_folder_and_says_what_it_did(tmp_path, checkpoi
 
 def test_an_error_is_one_line_and_exit_code_2(tmp_path, checkpoint):
     jsonl(tmp_path / "a.jsonl", {"text": "one"}, [1])
-    expected = "expected an object with 'text' or 'problem' and 'solution', got a list"
+    expected = "expected an object with 'text', 'problem' and 'solution', or 'question' and 'answer', got a list"
     for source, complaint in [
         ("a.jsonl", f"a.jsonl line 2: {expected}"),
         ("b.jsonl", "b.jsonl: no such file or folder"),

@@ -175,6 +175,13 @@ def test_ctrl_c_ends_the_step_saves_and_a_resumed_run_is_the_same(whole, corpus,
     assert contents(run) == contents(undisturbed)
 
 
+def test_a_reward_may_be_a_bool_or_a_whole_number(corpus, base, tmp_path, monkeypatch):
+    monkeypatch.setattr("objectives.rpt.Objective.reward", lambda self, prediction, truth: prediction in truth)
+    code, _, err = run_here(*command("train_rpt.py", corpus, base, tmp_path / "run", steps=1))
+    assert code == 0, err
+    assert 0 < lines(tmp_path / "run")[0]["reward"] < 1
+
+
 def test_only_the_newest_checkpoint_keeps_its_optimizer(whole):
     _, run = whole
     assert [p.parent.name for p in run.glob("step_*/optimizer")] == ["step_000006"]

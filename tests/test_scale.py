@@ -144,6 +144,7 @@ def test_a_signal_ends_the_step_on_all_ranks_and_saves_it(corpus, base, tmp_path
     process.terminate() if how == "SIGTERM to torchrun" else os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     last = len(lines(run))
+    assert err.count("stopping after this step") == 1
     assert f"stopped after step {last} and saved" in out and (run / "latest").read_text() == f"step_{last:06d}"
     assert not list(run.glob("*.partial")) and not any(os.path.exists(f"/proc/{pid}") for pid in family)
     assert "[rank" not in err and "train_rpt.py: " not in err  # torchrun says what it got; no rank complains

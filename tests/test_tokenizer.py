@@ -288,7 +288,10 @@ def test_load_errors_say_what_to_do(tmp_path, monkeypatch):
     complaint = "'gpt-2': no such folder, and not one of embedded, .*gpt2"
     with pytest.raises(ValueError, match=complaint):
         Tokenizer.load("gpt-2")
-    with pytest.raises(FileNotFoundError, match="no tokenizer.json"):
+    with pytest.raises(FileNotFoundError, match="no tokenizer.json in this folder$"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "latest").write_text("step_000150")
+    with pytest.raises(FileNotFoundError, match="its newest checkpoint is .*/step_000150"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ValueError, match="is not JSON"):
