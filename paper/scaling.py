@@ -179,6 +179,10 @@ def print_table(fits):
         if found["at_edge"]:
             print(f"{found['split']}: alpha is at the edge of the search ({ALPHAS[0]} to "
                   f"{ALPHAS[1]}); the points do not bend as the law does, A and P* mean nothing")
+        elif found["draws_at_edge"] > 0.025:
+            share = f"{found['draws_at_edge']:.0%}"
+            print(f"{found['split']}: for {share} of the bootstrap alpha is at the edge of the "
+                  "search: the intervals are open on that side")
     print("Few points and three parameters: a high R2 is weak evidence; look at the intervals.")
 
 

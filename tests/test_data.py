@@ -131,6 +131,19 @@ def test_another_proxy_has_another_file_and_a_copy_the_same(corpus, base, tokeni
     assert scores_path(corpus, tmp_path / "copy") != path
 
 
+@pytest.mark.parametrize("where", ["first bytes", "last bytes", "length"])
+def test_large_weights_are_told_apart_by_both_ends_and_their_size(corpus, tmp_path, monkeypatch, where):
+    monkeypatch.setattr("data.positions.END_BYTES", 4)
+    weights = b"head, a middle that nobody reads, tail"
+    other = {"first bytes": b"HEAD" + weights[4:], "last bytes": weights[:-4] + b"TAIL",
+             "length": weights[:4] + weights[8:]}[where]
+    for name, content in (("one", weights), ("other", other)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+    assert scores_path(corpus, tmp_path / "one") != scores_path(corpus, tmp_path / "other")
+
+
 def test_two_proxies_have_to_be_told_apart(corpus, base, tokenizer, tmp_path):
     own = corpus._replace(folder=tmp_path)
     with pytest.raises(ValueError, match="no entropies yet; run python data/filter.py"):
@@ -157,6 +170,14 @@ def test_positions_are_solution_tokens_of_a_split_above_the_threshold(corpus, th
             expected += [(t, start, end) for t in tokens if entropy[t] > threshold]
     positions = load_positions(corpus, find_scores(corpus), threshold, split)
     assert list(map(tuple, positions)) == expected != []
+
+
+def test_an_entropy_equal_to_the_threshold_is_not_above_it(corpus):
+    path = find_scores(corpus)
+    positions = load_positions(corpus, path, 0.3, "train")
+    entropy = np.load(path)[positions[:, 0], 0]
+    chosen = load_positions(corpus, path, float(entropy[0]), "train")
+    assert chosen.tolist() == positions[entropy > entropy[0]].tolist()
 
 
 def test_in_plain_text_every_position_has_a_context(tokenizer, base, tmp_path):

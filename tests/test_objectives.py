@@ -100,6 +100,15 @@ def test_the_longest_prompt_of_text_is_that_of_the_longest_context(objective):
         assert asked.longest_prompt() == max(len(asked.question(p).prompt) for p in asked.positions) <= room
 
 
+def test_the_truth_is_what_follows_in_the_document_and_nothing_behind_its_end(objective, corpus, tokenizer):
+    asked = objective("rpt")
+    for position in asked.positions:
+        t, start, end = position.tolist()
+        question = asked.question(position)
+        assert b"".join(question.truth) == tokenizer.decode_bytes(corpus.tokens[t:end].tolist())
+        assert question.context == corpus.tokens[start:t].tolist()
+
+
 @pytest.fixture
 def questions(corpus, tokenizer, tmp_path):
     """Documents cut before their last word, which is the answer."""

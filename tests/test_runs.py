@@ -182,6 +182,12 @@ def test_a_reward_may_be_a_bool_or_a_whole_number(corpus, base, tmp_path, monkey
     assert 0 < lines(tmp_path / "run")[0]["reward"] < 1
 
 
+def test_a_save_removes_what_an_earlier_one_left_unfinished(corpus, base, tmp_path):
+    (tmp_path / "run" / "step_000001.partial" / "optimizer").mkdir(parents=True)
+    assert run_here(*command("train_rpt.py", corpus, base, tmp_path / "run", steps=2))[0] == 0
+    assert [path.name for path in (tmp_path / "run").glob("step_*")] == ["step_000002"]
+
+
 def test_only_the_newest_checkpoint_keeps_its_optimizer(whole):
     _, run = whole
     assert [p.parent.name for p in run.glob("step_*/optimizer")] == ["step_000006"]

@@ -196,6 +196,16 @@ def test_weights_in_several_files_load_here_and_in_transformers(tmp_path):
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", range(1, 10))
+@pytest.mark.parametrize("parts", range(1, 5))
+def test_rows_are_cut_as_fsdp_cuts_them(monkeypatch, rows, parts):
+    weight, chunks = torch.arange(rows), torch.arange(rows).chunk(parts)
+    for index in range(parts):
+        monkeypatch.setattr(parallel, "part", lambda parameter: (index, parts))
+        expected = chunks[index] if index < len(chunks) else weight[:0]
+        assert torch.equal(weight[parallel.local_slice(weight)], expected)
+
+
 def test_a_rank_reads_no_more_than_its_rows(tmp_path):
     """Two ranks, one after the other, without a process group: DTensors stand in with what model.py asks of them."""
     gpt, read = tiny_model(501), []

@@ -238,6 +238,17 @@ def test_the_command_prints_a_row_for_each_split_and_writes_and_draws_the_same(t
     assert "weak evidence" in printed and drawn.read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize("changes, words", [
+    (dict(), None),
+    (dict(draws_at_edge=0.56), "easy: for 56% of the bootstrap alpha is at the edge of the search"),
+    (dict(draws_at_edge=0.56, at_edge=True), "easy: alpha is at the edge of the search (0.01 to 3.0)")])
+def test_the_table_says_what_weakens_a_fit(tmp_path, capsys, changes, words):
+    easy, _ = scaling.fit_run(full_run(tmp_path / "rpt"), "reasoning")
+    scaling.print_table([easy | dict(at_edge=False, draws_at_edge=0.0) | changes])
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("easy:")]
+    assert len(said) == (words is not None) and (not words or said[0].startswith(words))
+
+
 def test_too_few_checkpoints_end_the_command_with_one_line(tmp_path):
     results = [line(f"rpt/step_{i + 1:06d}", 20 + i) for i in range(3)]
     code, out, err = run_here("paper/scaling.py", write_run(tmp_path / "rpt", [1e15] * 3, results))

@@ -12,7 +12,8 @@ from data.positions import shuffled
 from objectives import Base, Group, Question
 from plumbing.batch import Example, cut, pack, split
 from plumbing.checkpoint import cut_log
-from plumbing.log import StepLog
+from plumbing.log import StepLog, rollout_metrics
+from plumbing.optimizer import make_optimizer
 from sample import Rollout
 from tiny import ntp_step
 from train_ntp import document_examples, learning_rate
@@ -104,8 +105,9 @@ def gradients(model):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def step(model, groups, advantages, lr=0.0, **changes):
+def step(model, groups, advantages, lr=0.0, optimizer=None, **changes):
     """policy_update by plain gradient descent, without a clip, after a sampler that agrees with the trainer."""
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=lr)
     for group in groups:
         for rollout in group.rollouts:
             rollout.logprobs = brute_logprobs(model, group, rollout).tolist()
@@ -113,8 +115,7 @@ def step(model, groups, advantages, lr=0.0, **changes):
                                   clip_low=0.2, clip_high=0.2, importance_cap=0.0, grad_clip=math.inf)
                              | changes)
     batches = pack(Base.examples(None, groups, advantages), args.tokens_per_micro_batch, model.device)
-    return policy_update(model, torch.optim.SGD(model.parameters(), lr=lr), batches,
-                         count_rollout_tokens(groups), args)
+    return policy_update(model, optimizer, batches, count_rollout_tokens(groups), args)
 
 
 @pytest.mark.parametrize("tokens_per_micro_batch", [19, 50, 10**6])
@@ -173,6 +174,28 @@ def test_a_dead_group_has_no_gradient_but_counts_in_the_normaliser(fp64, tiny_gp
     assert metrics["trained_tokens"] == 0 and math.isnan(metrics["clip_frac"])
 
 
+def test_a_step_without_a_gradient_leaves_the_weights_alone_whatever_the_momentum(tiny_gpt, monkeypatch):
+    # Idle micro-batches turn gradients that are not there into zeros.
+    monkeypatch.setattr("plumbing.parallel.padded", lambda batches, idle: batches + [idle])
+    groups, optimizer = random_groups(40)[:3], make_optimizer(tiny_gpt, 1e-3, (0.9, 0.999))
+    advantages = group_advantages(torch.tensor([g.rewards for g in groups])).tolist()
+    before = copy.deepcopy(tiny_gpt.state_dict())
+    step(tiny_gpt, groups[:2], advantages[:2], optimizer=optimizer)
+    moved = copy.deepcopy(tiny_gpt.state_dict())
+    assert not torch.equal(moved["norm.weight"], before["norm.weight"])
+    step(tiny_gpt, groups[2:], advantages[2:], optimizer=optimizer)
+    assert all(torch.equal(value, moved[name]) for name, value in tiny_gpt.state_dict().items())
+
+
+def test_idle_micro_batches_change_neither_gradient_nor_metrics(tiny_gpt, monkeypatch):
+    groups = random_groups(40)
+    advantages = group_advantages(torch.tensor([g.rewards for g in groups])).tolist()
+    alone, gradient = step(tiny_gpt, groups, advantages), gradients(tiny_gpt)
+    monkeypatch.setattr("plumbing.parallel.padded", lambda batches, idle: batches + [idle, idle])
+    assert step(tiny_gpt, groups, advantages) == alone
+    assert torch.equal(gradients(tiny_gpt), gradient)
+
+
 def test_the_second_update_of_a_batch_is_clipped(fp64, tiny_gpt):
     model, groups, lr = double(tiny_gpt), random_groups(40), 3.0
     advantages = group_advantages(torch.tensor([g.rewards for g in groups])).tolist()
@@ -191,7 +214,9 @@ def test_the_second_update_of_a_batch_is_clipped(fp64, tiny_gpt):
         with torch.no_grad():
             for p in expected.parameters():
                 p -= lr * p.grad
+    once = step(copy.deepcopy(model), groups, advantages)["trained_tokens"]
     metrics = step(model, groups, advantages, lr=lr, updates_per_batch=2)
+    assert metrics["trained_tokens"] == 2 * once
     for p, q in zip(model.parameters(), expected.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
     assert 0.05 < metrics["clip_frac"] < 0.5 and metrics["clip_frac"] == pytest.approx(np.mean(far))
@@ -269,6 +294,7 @@ def test_nothing_leaks_between_packed_sequences(tiny_gpt):
 
 def test_runs_fill_the_budget_and_lose_nothing():
     assert cut([5, 3, 4, 9, 1, 1], 8, int) == [[5, 3], [4], [9], [1, 1]]
+    assert cut([5, 3, 1], 8, int) == [[5, 3], [1]]
     assert cut([], 8, int) == []
 
 
@@ -374,6 +400,13 @@ def test_the_learning_rate_rises_stays_and_ends_near_zero():
     assert rates[0] == pytest.approx(0.2) and rates[9:51] == [2.0] * 42
     assert rates[75] == pytest.approx(1.0) and rates[99] == pytest.approx(2 / 50)
     assert learning_rate(0, SimpleNamespace(lr=2.0, warmup_steps=0, steps=100)) == 2.0
+
+
+def test_the_length_of_a_match_is_that_of_predictions_that_earn_a_whole_reward():
+    question = Question(prompt=[1], truth=[], context=[], position=0)
+    rollouts = [Rollout(tokens=[1, 2], logprobs=[-1.0, -2.0], finished=True) for _ in range(4)]
+    metrics = rollout_metrics([Group(question, rollouts, [b"ab", b"abcd", b"abcdefgh", None], [1.0, 1.0, 0.5, 0.0])])
+    assert metrics["match_len"] == 3 and metrics["format_rate"] == 0.75 and metrics["entropy"] == 1.5
 
 
 def test_a_torn_last_line_and_later_steps_are_cut_from_a_log(tmp_path):
