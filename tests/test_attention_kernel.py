@@ -80,7 +80,7 @@ def near_a_tile(rng):
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow),
                                   pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("H, Hkv", [(2, 2), (4, 2), (3, 1), (6, 1)])
+@pytest.mark.parametrize("H, Hkv", [(2, 2), (4, 2), (3, 1), pytest.param(6, 1, marks=pytest.mark.slow)])
 def test_random_layouts_with_every_ratio_of_heads_agree_with_fp64(fast, H, Hkv, seed):
     rng = random.Random(100 * H + seed)
     groups = []

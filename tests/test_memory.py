@@ -73,7 +73,7 @@ def test_qwen_shapes_have_the_published_number_of_parameters():
 
 
 @pytest.mark.parametrize("config", SHAPES, ids=["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("backend", ["torch", "bitwise"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("bitwise", marks=pytest.mark.slow)])
 def test_a_third_block_saves_what_is_planned_for_one(config, backend, use_kernels):
     use_kernels(backend)
     for groups in GROUPS[:1] if backend == "bitwise" else GROUPS:  # the interpreter is slow
@@ -185,8 +185,8 @@ MEASURED = GPTConfig(vocab_size=8000, width=256, n_layers=6, n_heads=4, n_kv_hea
                      ffn_width=704, max_positions=1024)
 
 
-@pytest.mark.parametrize("more", [
-    "", pytest.param("--checkpoint-activations", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", ["", "--checkpoint-activations"])
 def test_a_process_takes_what_is_planned_to_a_tenth(more):
     """Two micro-batches of 512 tokens. malloc gives memory back at once, so that the peak is that
     of live tensors; what comes with the first use of torch is paid in a first, tiny run."""

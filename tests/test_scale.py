@@ -69,7 +69,8 @@ def assert_same(one, other, base, rtol=1e-5):
         assert lines(one, "samples.jsonl") == lines(other, "samples.jsonl")
 
 
-@pytest.fixture(scope="module", params=["train_rpt.py", "train_ntp.py"])
+@pytest.fixture(scope="module", params=[
+    "train_rpt.py", pytest.param("train_ntp.py", marks=pytest.mark.slow)])
 def runs(request, corpus, base, tmp_path_factory):
     """The same five steps on one and on two ranks."""
     folder, flags = tmp_path_factory.mktemp("ranks"), dict(FLAGS)
