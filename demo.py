@@ -133,7 +133,7 @@ def names(args):
 
 
 def parse_args():
-    parser = flags.Parser("Corpus, base, filter, RPT, table and picture in six to seven minutes.")
+    parser = flags.Parser("Corpus, base, filter, RPT, table and picture in six to ten minutes.")
     add = parser.add_argument
     add("--out-dir", default="runs/demo", help="folder for everything, below this repository")
     add("--seed", type=flags.at_least(0), default=0,
