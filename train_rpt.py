@@ -88,6 +88,9 @@ def collect(sampler, objective, step, cursor, args, log):
         # The objective fills in what each rollout predicts and what that is worth.
         drawn = [Group(question, some) for question, some in zip(questions, rollouts)]
         objective.score(sampler, drawn)
+        for group in drawn:
+            # An edited reward may return a bool or a number of numpy's.
+            group.rewards = [float(reward) for reward in group.rewards]
         everything += drawn
 
         # Every rank learns which groups of all ranks can train, so that all keep the same ones.
@@ -247,8 +250,7 @@ if __name__ == "__main__":
         del sampler                                     # frees memory for the update
 
         # ADVANTAGE: better or worse than the other rollouts about the same position?
-        rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float32)
-        rewards = rewards.view(-1, args.rollouts)                                        # (N, G)
+        rewards = torch.tensor([group.rewards for group in groups]).view(-1, args.rollouts)
         advantages = group_advantages(rewards, args.normalize_advantage).tolist()        # (N, G)
 
         # UPDATE: one step along the policy gradient.

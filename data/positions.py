@@ -8,7 +8,7 @@ import os
 
 import numpy as np
 
-from plumbing.hf import weight_files
+from plumbing.hf import config_path, weight_files
 
 SPLITS = dict(easy=0.5, medium=1.0, hard=1.5)  # nats; nested, as in Table 1
 END_BYTES = 1 << 20                            # hashed at either end
@@ -16,7 +16,7 @@ END_BYTES = 1 << 20                            # hashed at either end
 
 def scores_path(corpus, proxy):
     """Path of this corpus's scores under a proxy, named after its weights and not its folder."""
-    with open(f"{proxy}/config.json", "rb") as file:
+    with open(config_path(proxy), "rb") as file:
         digest = hashlib.sha256(file.read())
     for path in weight_files(proxy):
         # Both ends and the size tell checkpoints apart; hashing 28 GB would take minutes.

@@ -22,6 +22,7 @@ import regex  # comes with tiktoken; unlike `re` it knows \p{L}
 import tiktoken
 
 from data.sums import tokenizer_corpus
+from plumbing.checkpoint import newest_hint
 
 # How text is cut into pieces; no token crosses a cut.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -142,10 +143,8 @@ def read_folder(folder):
     """A Hugging Face folder -> the arguments of Tokenizer; ValueError with file and field."""
     files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).exists()}
     if "tokenizer.json" not in files:
-        hint, latest = "", folder / "latest"
-        if latest.exists():  # the folder of a run
-            hint = f"; its newest checkpoint is {folder / latest.read_text()}"
-        raise FileNotFoundError(f"{folder}: there is no tokenizer.json in this folder{hint}")
+        raise FileNotFoundError(f"{folder}: there is no tokenizer.json in this folder"
+                                f"{newest_hint(folder)}")
     try:
         source = json.loads(files["tokenizer.json"])
         config = json.loads(files.get("tokenizer_config.json", "{}"))

@@ -35,7 +35,7 @@ class Group:
     question: Question
     rollouts: list                                       # sample.Rollout
     predictions: list = field(default_factory=list)      # bytes in the box, or None
-    rewards: list = field(default_factory=list)          # floats
+    rewards: list = field(default_factory=list)          # numbers
     scoring_tokens: int = 0                              # read by the policy to score the group
 
     @property

@@ -24,7 +24,7 @@ class Objective(Base):
         prompt = solve_prompt(self.tokenizer, text, self.args.template)
         if len(prompt) > self.longest:
             raise ValueError(f"question {position + 1}, {text[:40]!r}..., takes {len(prompt)} "
-                             f"tokens, and there is room for {self.longest}: raise "
+                             f"tokens, and there is room for {max(0, self.longest)}: raise "
                              "--max-prompt-tokens, lower --max-new-tokens or drop it")
         return Question(prompt, truth, self.tokenizer.encode(text), position)
 

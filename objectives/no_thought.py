@@ -7,12 +7,9 @@ from reward import box_at_once
 
 
 class Objective(rpt.Objective):
+    extract = staticmethod(box_at_once)
+
     def __init__(self, args, tokenizer, config):
         super().__init__(args, tokenizer, config)
         before, after = self.template
         self.template = before, after + tokenizer.encode("</think>", special=True)
-
-    def score(self, policy, groups):
-        for group in groups:
-            group.predictions = rpt.predictions(self.tokenizer, group.rollouts, box_at_once)
-            group.rewards = [self.reward(p, group.question.truth) for p in group.predictions]

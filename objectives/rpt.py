@@ -16,6 +16,8 @@ TRUTH_TOKENS = 32  # the longest prediction that can be right; the paper does no
 
 
 class Objective(Base):
+    extract = staticmethod(extract_prediction)  # bytes of a rollout -> the prediction, or None
+
     def __init__(self, args, tokenizer, config):
         super().__init__(args, tokenizer, config)
         if not args.corpus:
@@ -38,7 +40,7 @@ class Objective(Base):
 
     def score(self, policy, groups):
         for group in groups:
-            group.predictions = predictions(self.tokenizer, group.rollouts)
+            group.predictions = predictions(self.tokenizer, group.rollouts, self.extract)
             group.rewards = [self.reward(p, group.question.truth) for p in group.predictions]
 
     def reward(self, prediction, truth):

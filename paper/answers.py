@@ -40,8 +40,8 @@ def make_prompts(tokenizer, texts, args, max_positions):
     for text, prompt in zip(texts, prompts):
         if len(prompt) > longest:
             raise ValueError(f"question {text[:40]!r}... takes {len(prompt)} tokens; "
-                             f"--max-new-tokens leaves {longest} of the model's {max_positions} "
-                             "positions: lower it")
+                             f"--max-new-tokens leaves {max(0, longest)} of the model's "
+                             f"{max_positions} positions: lower it")
     return prompts
 
 

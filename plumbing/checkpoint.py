@@ -86,6 +86,12 @@ def latest_checkpoint(run):
         return f"{run}/{file.read().strip()}"
 
 
+def newest_hint(folder):
+    """What to add to "no checkpoint in this folder" if it is the folder of a run."""
+    newest = latest_checkpoint(folder)
+    return f"; its newest checkpoint is {newest}" if newest else ""
+
+
 def open_folder(args, checkpoint):
     """Make or reopen a run's folder, cut its logs at the checkpoint, print changed arguments."""
     run = args.out_dir

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from plumbing import parallel
+from plumbing.checkpoint import newest_hint
 
 FILE_BYTES = 5 * 10**9  # of one safetensors file; one file is in memory at a time
 
@@ -46,10 +47,7 @@ FAMILIES = dict(
 
 def read_config(folder):
     """config.json of a Hugging Face folder -> {field of GPTConfig: value}."""
-    path = f"{folder}/config.json"
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: not there; a checkpoint folder holds config.json and "
-                                "*.safetensors")
+    path = config_path(folder)
     raw = read_json(path)
     family = raw.get("model_type")
     if family not in FAMILIES:
@@ -77,6 +75,15 @@ def read_config(folder):
         raise ValueError(f"{path}: num_attention_heads = {heads} is no multiple of "
                          f"num_key_value_heads = {raw['num_key_value_heads']}")
     return {ours: raw[theirs] for theirs, ours in FIELDS.items()}
+
+
+def config_path(folder):
+    """-> path of config.json; FileNotFoundError where there is none."""
+    path = f"{folder}/config.json"
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such file; a checkpoint folder holds config.json and "
+                                f"*.safetensors{newest_hint(folder)}")
+    return path
 
 
 def read_rope(path, raw):

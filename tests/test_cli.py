@@ -242,3 +242,17 @@ def test_a_missing_checkpoint_is_one_line_for_a_user_too(corpus, tmp_path, scrip
     code, out, err = typed(tmp_path, ROOT / script, *arguments(script, corpus, "no/such/folder", "out"))
     assert code == 2 and out == "" and err.count("\n") == 1 and "no/such/folder" in err
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("line", [
+    "train_rpt.py --init RUN --corpus CORPUS --out-dir OUT", "train_ntp.py --init RUN --corpus CORPUS --out-dir OUT",
+    "train_rpt.py --init BASE --proxy RUN --corpus CORPUS --out-dir OUT", "eval.py lm --checkpoints RUN --corpus CORPUS",
+    "sample.py --prompt x --model RUN", "data/filter.py --proxy RUN --corpus CORPUS",
+    "data/warmstart.py --proxy RUN --corpus CORPUS --out OUT", "bench/memory.py --init RUN"])
+def test_a_run_in_place_of_a_checkpoint_is_told_its_newest(corpus, base, tmp_path, line):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "latest").write_text("step_000150")
+    paths = dict(RUN=tmp_path / "run", BASE=base, CORPUS=corpus.folder, OUT=tmp_path / "out")
+    code, _, err = run_here(*[paths.get(word, word) for word in line.split()])
+    assert code == 2 and err.count("\n") == 1
+    assert err.endswith(f"; its newest checkpoint is {tmp_path}/run/step_000150\n")

@@ -175,11 +175,14 @@ def test_ctrl_c_ends_the_step_saves_and_a_resumed_run_is_the_same(whole, corpus,
     assert contents(run) == contents(undisturbed)
 
 
-def test_a_reward_may_be_a_bool_or_a_whole_number(corpus, base, tmp_path, monkeypatch):
-    monkeypatch.setattr("objectives.rpt.Objective.reward", lambda self, prediction, truth: prediction in truth)
+@pytest.mark.parametrize("number", [bool, int, np.bool_, np.float32, torch.tensor])
+def test_a_reward_may_be_any_number(corpus, base, tmp_path, monkeypatch, number):
+    monkeypatch.setattr("objectives.rpt.Objective.reward",
+                        lambda self, prediction, truth: number(prediction in truth))
     code, _, err = run_here(*command("train_rpt.py", corpus, base, tmp_path / "run", steps=1))
     assert code == 0, err
     assert 0 < lines(tmp_path / "run")[0]["reward"] < 1
+    assert all(type(r["reward"]) is float for r in lines(tmp_path / "run", "samples.jsonl"))
 
 
 def test_a_save_removes_what_an_earlier_one_left_unfinished(corpus, base, tmp_path):
