@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from plumbing import flags
 from plumbing.checkpoint import latest_checkpoint
@@ -91,7 +92,7 @@ def run_stages(stages, names, args):
             print("the same command continues here" if stopped else f"stage {number} failed",
                   flush=True)
             sys.exit(code or 130)
-        open(result, "a").close()  # marks a stage that leaves no such file as done
+        Path(result).touch()  # marks a stage that leaves no such file as done
         print(f"    {time.perf_counter() - start:.0f} s")
 
 
@@ -133,7 +134,7 @@ def names(args):
 
 
 def parse_args():
-    parser = flags.Parser("Corpus, base, filter, RPT, table and picture in six to ten minutes.")
+    parser = flags.Parser("Corpus, base, filter, RPT, table and picture in five to ten minutes.")
     add = parser.add_argument
     add("--out-dir", default="runs/demo", help="folder for everything, below this repository")
     add("--seed", type=flags.at_least(0), default=0,

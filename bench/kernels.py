@@ -457,7 +457,7 @@ if __name__ == "__main__":
         raise ValueError("kernels are timed on a GPU, and torch finds none (CUDA); "
                          "python bench/compile.py shows what can be known without one")
     if args.json:
-        open(args.json, "a").close()  # better now than after 8 minutes
+        Path(args.json).touch()  # better now than after 8 minutes
     # A backend of SDPA that refuses a shape warns at length.
     warnings.filterwarnings("ignore")
     # Past its limit of recompilations torch.compile would silently run eagerly.

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from data.tokenizer import Tokenizer
 from plumbing import hf, parallel
 from kernels.attention import make_layout
 from model import GPT
@@ -104,6 +105,21 @@ def test_four_ranks_with_copies_resharding_and_checkpointed_activations_too(runs
     code, _, err = run_on(4, line("4", ranks_per_copy=2, reshard=True, checkpoint_activations=True))
     assert code == 0, err
     assert_same(folder / "1", folder / "4", base)
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_steps_in_which_no_group_has_a_signal_leave_the_weights_alone(corpus, base, tmp_path, ranks):
+    """A model that knows nothing boxes nothing; the ranks must still wait for each other equally often."""
+    shutil.copytree(base, tmp_path / "blank")
+    tiny_model(Tokenizer.load(base).vocab_size).save_pretrained(tmp_path / "blank")
+    line = command("train_rpt.py", corpus, tmp_path / "blank", tmp_path / "run", steps=3, lr="0.1")
+    code, _, err = run_on(ranks, line)
+    assert code == 0, err
+    for record in lines(tmp_path / "run"):
+        assert (record["frac_zero_std"], record["grad_norm"], record["logp_gap"]) == (1, 0, None)
+    before, after = (load_file(folder / "model.safetensors")
+                     for folder in (tmp_path / "blank", tmp_path / "run" / "step_000003"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.slow
