@@ -42,12 +42,13 @@ def test_transformers_draws_as_many_tokens(capsys):
 
 
 def test_batches_draw_the_rollouts_of_refilled_rows(capsys, monkeypatch):
-    generate, drawn = sample.generate, []
+    generate, drawn, shares, usual = sample.generate, [], [], sample.BUSY_SHARE
 
     def remember(model, prompts, **options):
         groups = generate(model, prompts, **options)
         tokens = [[rollout.tokens for rollout in group] for group in groups]
         drawn.append((options.get("first_prompt", 0), tokens))
+        shares.append(sample.BUSY_SHARE)
         return groups
 
     monkeypatch.setattr(sample, "generate", remember)
@@ -55,6 +56,9 @@ def test_batches_draw_the_rollouts_of_refilled_rows(capsys, monkeypatch):
     bench_sample.against_waiting(1, tiny, rows=8, count=16, mean=6, cap=30)
     refilled, *others = drawn[0][1], *drawn[1:]
     assert all(groups == refilled[first:first + len(groups)] for first, groups in others)
+    # Two turns of 16 prompts one by one, for batches that keep finished rows and for others.
+    alone = [(first, share) for (first, groups), share in zip(drawn, shares) if len(groups) == 1]
+    assert sorted(alone) == sorted([(first, share) for first in range(16) for share in (0, usual)] * 2)
     lengths = [len(tokens) for group in refilled for tokens in group]
     assert 4 <= sum(lengths) / 128 <= 8 and 15 < max(lengths) <= 30  # geometric, mean 6
     mean, most = sum(lengths) / 128, max(lengths)
@@ -83,7 +87,7 @@ def test_a_decode_step_is_the_difference_of_two_lengths(capsys, monkeypatch, use
                                    device="cpu")
     weights = sum(weight.numel() for weight in GPT(tiny).parameters())
     floor = (2 * weights + (3 + 8 * 2) * 2 * 16 * 2) / 1000
-    for row, backend in zip(cells(capsys), ("fast", "bitwise")):
+    for row, backend in zip(cells(capsys), ("fast", "bitwise"), strict=True):
         assert row[1] == f"tiny {backend}, 8 rows, context 3"
         assert row[2] == "50000.00 ms a step, 0 tok/s" and row[4] == f"{floor / 50:.2f}"
 
@@ -117,6 +121,14 @@ def test_both_sides_compute_the_same_rollouts_as_many_at_a_time_as_they_say(monk
 
 
 def test_parts_of_a_step_are_its_prefill_decoding_gradients_and_optimizer(monkeypatch, capsys):
+    generate, drawn = sample.generate, []
+
+    def remember(*request, **options):
+        groups = generate(*request, **options)
+        drawn.append([[len(rollout.tokens) for rollout in group] for group in groups])
+        return groups
+
+    monkeypatch.setattr(sample, "generate", remember)
     monkeypatch.setattr(bench_train, "medians", planted([1.0, 4.0, 6.0, 0.5]))
     bench_train.parts_of_a_step(1, MODEL, count=2, prompt=5, G=2, new=3)
     assert [(row[1], row[2].split(" s")[0], row[3].split("%")[0]) for row in cells(capsys)] == [
@@ -125,6 +137,7 @@ def test_parts_of_a_step_are_its_prefill_decoding_gradients_and_optimizer(monkey
         ("forward and backward, 22 tokens", "5.500", "55.0"),
         ("optimizer, 12 tokens", "0.500", "5.0"),
         ("step of 2 x 2 x 3 tokens, contexts of 5", "10.000", "")]
+    assert drawn == [[[1, 1]] * 2, [[3, 3]] * 2]  # prefill draws one token each, decoding the rest
 
 
 def test_every_update_is_the_same_and_has_all_tokens():
@@ -162,7 +175,7 @@ def test_mfu_is_the_time_of_the_flops_over_the_time_taken(monkeypatch, capsys):
                               budget=20, device="cpu")
     rows = cells(capsys)
     least = bench_train.model_flops(GPT(tiny), [(5, [1, 2, 3])] * 2) / 1e6
-    for backend, update, step in zip(("fast", "bitwise"), rows[0::2], rows[1::2]):
+    for backend, update, step in zip(("fast", "bitwise"), rows[0::2], rows[1::2], strict=True):
         assert update[1] == f"tiny {backend}, update: 2 prompts of 5, 3 rollouts each of 1 to 3"
         assert update[2] == "0.50 s, 44 tok/s" and update[4] == f"{least / 0.5:.3f}"  # 22 tokens
         assert step[2] == "4.00 s, 4 tok/s" and "25.0% of the step" in step[3]

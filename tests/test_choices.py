@@ -184,6 +184,15 @@ def test_choices_from_file_to_file(base, tmp_path):
         for part in ("all", "sums")]
     for line in results:
         assert 0 <= line["low"] <= line["accuracy"] <= line["high"] <= 100 and line["n"] == 5
+    # The table has a row for each: all questions first, then the subjects, modes in order.
+    rows = [row.split() for row in text.splitlines() if str(base) in row][1:]
+    assert [row[:3] for row in rows] == [
+        [part, mode, str(base)] for part in ("all", "sums")
+        for mode in ("likelihood", "likelihood_norm", "reasoning")]
+    shown = {(row[1], row[0]): [*map(float, (row[3], row[4].strip("[,"), row[5].strip("]")))] for row in rows}
+    for line in results:
+        exact = [line["accuracy"], line["low"], line["high"]]
+        assert shown[line["mode"], line["subject"]] == pytest.approx(exact, abs=0.051)
 
 
 @pytest.mark.parametrize("flags, complaint", [

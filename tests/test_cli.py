@@ -256,3 +256,10 @@ def test_a_run_in_place_of_a_checkpoint_is_told_its_newest(corpus, base, tmp_pat
     code, _, err = run_here(*[paths.get(word, word) for word in line.split()])
     assert code == 2 and err.count("\n") == 1
     assert err.endswith(f"; its newest checkpoint is {tmp_path}/run/step_000150\n")
+
+
+@pytest.mark.parametrize("line", [
+    "eval.py lm --corpus NOWHERE", "paper/answers.py --data NOWHERE", "paper/choices.py --data NOWHERE"])
+def test_impossible_sampling_is_refused_before_anything_is_loaded(line):
+    code, _, err = run_here(*line.split(), "--checkpoints", "NOWHERE", "--top-p", "2")
+    assert code == 2 and err.count("\n") == 1 and "top-p in (0, 1]" in err

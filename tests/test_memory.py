@@ -179,6 +179,13 @@ def test_the_plan_needs_config_json_only_and_its_columns_add_up(tmp_path):
         assert sum(map(float, cells)) == pytest.approx(peak[column], abs=0.06)
 
 
+def test_the_table_is_the_one_in_the_docs():
+    from tiny import ROOT, run_here
+    code, out, err = run_here("bench/memory.py")
+    docs = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    assert (code or 0, err) == (0, "") and out.startswith("| Qwen2.5 |") and out in docs
+
+
 # ---- the memory of a process ----
 
 MEASURED = GPTConfig(vocab_size=8000, width=256, n_layers=6, n_heads=4, n_kv_heads=2, head_dim=64,
