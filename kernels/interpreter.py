@@ -11,6 +11,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 Handle, Builder = interpreter.TensorHandle, interpreter.InterpreterBuilder
+IEEE = interpreter._ir.INPUT_PRECISION.IEEE
 
 
 def to_float(bits):
@@ -40,8 +41,7 @@ def repair():
     if getattr(Builder, "repaired", False):
         return
     Builder.repaired = True
-    binary, unary, fma = Builder.binary_op, Builder.unary_op, Builder.create_fma
-    cast = Builder.cast_impl
+    binary, unary, cast = Builder.binary_op, Builder.unary_op, Builder.cast_impl
 
     def bf16_result(out):
         return Handle(out, tl.int1) if out.dtype == np.bool_ else Handle(to_bits(out), tl.bfloat16)
@@ -54,11 +54,6 @@ def repair():
     def unary_op(self, arg, op):
         return bf16_result(op(to_float(arg.data))) if is_bf16(arg) else unary(self, arg, op)
 
-    def create_fma(self, x, y, z):
-        if is_bf16(x):
-            return bf16_result(to_float(x.data) * to_float(y.data) + to_float(z.data))
-        return fma(self, x, y, z)
-
     def cast_impl(self, source, to):
         if is_bf16(source) and to.scalar != tl.bfloat16:
             source = as_fp32(source)
@@ -67,16 +62,14 @@ def repair():
             return Handle(to_bits(source.data.astype(np.float32)), tl.bfloat16)
         return cast(self, source, to)
 
-    def create_fp_to_fp(self, source, to, rounding):
-        return cast_impl(self, source, to)
-
-    def create_dot(self, a, b, d, *_):
+    def create_dot(self, a, b, d, precision, *_):
+        # A GPU would keep 10 bits of each factor, which no result here would show.
+        assert is_bf16(a) or precision == IEEE, "a product of fp32 in TF32: see dot_precision"
         a, b = (as_fp32(x).data.astype(np.float64) for x in (a, b))
         return Handle((np.matmul(a, b) + d.data).astype(d.data.dtype), d.dtype.scalar)
 
     def create_atomic_rmw(self, *_):
         raise AssertionError("an atomic: its order, and so the last bit, changes from run to run")
 
-    for method in (binary_op, unary_op, create_fma, cast_impl, create_fp_to_fp, create_dot,
-                   create_atomic_rmw):
+    for method in (binary_op, unary_op, cast_impl, create_dot, create_atomic_rmw):
         setattr(Builder, method.__name__, method)

@@ -44,6 +44,20 @@ def test_a_bf16_dot_is_the_exact_product_rounded_once():
 
 
 @triton.jit
+def fp32_product(a, b, c, N: tl.constexpr, PRECISION: tl.constexpr):
+    i, j = tl.arange(0, N)[:, None] * N, tl.arange(0, N)[None, :]
+    tl.store(c + i + j, tl.dot(tl.load(a + i + j), tl.load(b + i + j), input_precision=PRECISION))
+
+
+def test_a_product_of_fp32_in_tf32_is_refused():
+    a, b, c = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    fp32_product[(1,)](a, b, c, 16, kernels.dot_precision(a))
+    assert torch.equal(c, (a.double() @ b.double()).float())
+    with pytest.raises(Exception, match="a product of fp32 in TF32"):
+        fp32_product[(1,)](a, b, c, 16, "tf32")
+
+
+@triton.jit
 def everybody_writes_the_same_place(x, out, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out + i % 8, tl.load(x + i))

@@ -12,7 +12,7 @@ from data.positions import shuffled
 from objectives import Base, Group, Question
 from plumbing.batch import Example, cut, pack, split
 from plumbing.checkpoint import cut_log
-from plumbing.log import StepLog, rollout_metrics
+from plumbing.log import RolloutBar, StepLog, rollout_metrics
 from plumbing.optimizer import make_optimizer
 from sample import Rollout
 from tiny import ntp_step
@@ -400,6 +400,17 @@ def test_the_learning_rate_rises_stays_and_ends_near_zero():
     assert rates[0] == pytest.approx(0.2) and rates[9:51] == [2.0] * 42
     assert rates[75] == pytest.approx(1.0) and rates[99] == pytest.approx(2 / 50)
     assert learning_rate(0, SimpleNamespace(lr=2.0, warmup_steps=0, steps=100)) == 2.0
+
+
+def test_the_bar_shows_rollouts_that_have_ended_and_tokens_a_second(capsys):
+    with RolloutBar(4, "thoughts", disable=False) as bar:
+        bar([(0, 0, 5), (1, 0, 5)], 1)
+        bar([(1, 0, 6)], 4)
+        assert (bar.bar.n, bar.tokens) == (4, 3)
+        bar.bar.refresh()
+    shown = capsys.readouterr().err
+    assert "thoughts: 100%" in shown and "4/4" in shown and "tok/s" in shown
+    assert bar.bar.disable  # closed
 
 
 def test_the_length_of_a_match_is_that_of_predictions_that_earn_a_whole_reward():

@@ -1,0 +1,102 @@
+"""demo.py: stages that are done are not run again, signals reach the command, and the whole chain holds together."""
+import json
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import demo
+from tiny import ENVIRONMENT, ROOT, write_lines
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """run_stages installs its own."""
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in usual.items():
+        signal.signal(number, handler)
+
+
+def run(folder, *commands):
+    """Python commands as stages of a demo in this folder; stage 1 leaves the file done1, and so on."""
+    stages = [(f"Reason {i}.", f"-c {json.dumps(command)}", f"{{run}}/done{i}")
+              for i, command in enumerate(commands, start=1)]
+    demo.run_stages(stages, lambda args: dict(run=args.out_dir), SimpleNamespace(out_dir=folder))
+
+
+def done(folder):
+    return sorted(path.name for path in folder.glob("done*"))
+
+
+def test_stages_run_in_order_and_once(tmp_path, capfd):
+    log = tmp_path / "log"
+    commands = [f"print('one', file=open('{log}', 'a'))", f"print('two', file=open('{log}', 'a'))"]
+    run(tmp_path, *commands)
+    assert log.read_text() == "one\ntwo\n" and done(tmp_path) == ["done1", "done2"]
+    said = capfd.readouterr().out
+    assert "[1/2] Reason 1.\n$ python -c" in said and "done before" not in said
+    run(tmp_path, *commands)
+    assert log.read_text() == "one\ntwo\n" and capfd.readouterr().out.count("done before") == 2
+    (tmp_path / "done2").unlink()
+    run(tmp_path, *commands)
+    assert log.read_text() == "one\ntwo\ntwo\n"
+
+
+def test_a_stage_that_fails_ends_the_demo_with_its_code(tmp_path, capfd):
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, "pass", "raise SystemExit(7)", "pass")
+    assert end.value.code == 7 and done(tmp_path) == ["done1"]
+    assert "stage 2 failed" in capfd.readouterr().out
+
+
+def test_after_ctrl_c_the_stage_is_not_done_although_its_command_has_saved_and_ended_well(tmp_path, capfd):
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, "import os, signal; os.kill(os.getppid(), signal.SIGINT)", "pass")
+    assert end.value.code == 130 and done(tmp_path) == []
+    assert "the same command continues here" in capfd.readouterr().out
+
+
+def test_sigterm_is_passed_on_to_the_command(tmp_path, capfd):
+    wait = ("import os, signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(0)); "
+            "os.kill(os.getppid(), signal.SIGTERM); time.sleep(60); exit(9)")
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, wait)
+    assert end.value.code == 130 and done(tmp_path) == []
+
+
+def test_the_thought_that_is_shown_is_the_first_that_rpt_mends(tmp_path, capsys):
+    lines = [dict(checkpoint=checkpoint, context=f"text {i}", response=f"{checkpoint} says {i}", truth=f"{i}",
+                  reward=reward) for checkpoint, rewards in (("base", [1, 0, 0, 0]), ("rpt", [1, 0, 1, 1]))
+             for i, reward in enumerate(rewards)]
+    path = write_lines(tmp_path / "thoughts.jsonl", *lines)
+    demo.show_a_thought(path, "base", "rpt")
+    assert capsys.readouterr().out == (
+        "\nThe first held-out position that the base gets wrong and RPT gets right:\n"
+        "text 2\n    before base says 2\n    after  rpt says 2\n    truth  '2'\n")
+    demo.show_a_thought(path, "rpt", "base")  # nothing to show
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_the_chain_from_corpus_to_picture_and_control(tmp_path):
+    """The demo with a base of 100 steps, one step of RPT and few positions; the second time all stages are done."""
+    pytest.importorskip("matplotlib")
+    text = (ROOT / "demo.py").read_text(encoding="utf-8")
+    for usual, shorter in (("3000, 150", "100, 1"), ("--documents 1200", "--documents 40"),
+                           ("--positions 500", "--positions 20")):
+        assert usual in text
+        text = text.replace(usual, shorter)
+    command = [sys.executable, "-c", text, "--out-dir", str(tmp_path / "run"), "--control"]
+    for turn in range(2):
+        finished = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        assert finished.stdout.count("done before") == 9 * turn
+    for name in ("rpt/curves.png", "rpt/results.json", "control/results.json"):
+        assert (tmp_path / "run" / name).stat().st_size > 100
+    results = json.loads((tmp_path / "run" / "control" / "results.json").read_text())
+    assert {os.path.relpath(line["checkpoint"], tmp_path / "run").split("/")[0] for line in results} == {
+        "base", "control", "rpt"}
