@@ -1,0 +1,450 @@
+"""A GPU's first minutes: does everything run on it, is it right, where does the time go?
+
+    python bench/gpu_check.py                       # all steps, about 7 minutes on an H100
+    python bench/gpu_check.py --steps env,gap,rpt   # some of them
+    python bench/gpu_check.py --plan                # what the steps ask, and how long they may take
+
+The most valuable facts come first. A step is a process of its own with a limit, so that one that
+fails or hangs costs the others nothing. Each fact is a line of facts.jsonl in --out-dir, written
+at once, so that a kill loses nothing; the output of all steps is in log.txt.
+
+`rpt` trains the base of the demo, which stages 1 to 3 of `python demo.py` make.
+"""
+import importlib.util
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from threading import Timer
+
+import torch
+
+if __name__ == "__main__":  # the repository, not bench/, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+import kernels
+import sample
+from bench.common import QWEN, SMOLLM2, commit, limits, random_prompts
+from kernels import linear as linear_module
+from kernels.attention import make_layout
+from kernels.linear import linear_kernel
+from kernels.logprob import launch_logprob, sample as sample_tokens
+from model import GPT, GPTConfig
+from plumbing import flags
+from plumbing.batch import flatten
+from plumbing.checkpoint import latest_checkpoint
+
+SMALL = dict(vocab_size=2000, width=256, n_layers=2, n_heads=4, n_kv_heads=2, ffn_width=512,
+             max_positions=2048)
+TINY = dict(vocab_size=150, width=48, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16,
+            ffn_width=72, max_positions=128)
+KERNEL_TESTS = ["test_linear", "test_decode", "test_attention_kernel", "test_logprob_kernel",
+                "test_bitwise"]
+BF16 = torch.bfloat16
+is_tiny = False    # --tiny: the shapes of a rehearsal
+out_dir = Path()   # of facts.jsonl
+
+
+def say(what, **facts):
+    """Print a fact and append it to facts.jsonl, at once."""
+    line = json.dumps(dict(what=what, **facts), default=str)
+    print(line, flush=True)
+    with open(out_dir / "facts.jsonl", "a") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def time_ms(call, repeats=20, warmup=3):
+    """Median milliseconds of call() by the GPU's clock."""
+    if is_tiny:
+        call()
+        return 1.0
+    for _ in range(warmup):
+        call()
+    took = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(True), torch.cuda.Event(True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        took.append(start.elapsed_time(end))
+    return statistics.median(took)
+
+
+def time_by_kernel(call, count=16):
+    """-> [(kernel, launches, ms), ...] of one call, the longest first; graph nodes are kernels."""
+    if is_tiny:
+        return []
+    from torch.profiler import ProfilerActivity, profile
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    rows = [(event.key[:70], event.count, round(event.self_device_time_total / 1e3, 3))
+            for event in profiler.key_averages() if event.self_device_time_total > 0]
+    return sorted(rows, key=lambda row: -row[2])[:count]
+
+
+def random_model(config, compute_dtype=BF16, weight_dtype=BF16):
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        return GPT(config, compute_dtype).to(weight_dtype)
+
+
+# ---- what kind of machine is it? ----
+
+def env():
+    say("env", gpu=torch.cuda.get_device_name(), torch=torch.__version__, commit=commit(),
+        triton=kernels.triton.__version__, cuda=torch.version.cuda, python=sys.version.split()[0])
+    size = 64 if is_tiny else 2**30
+    source, target = (torch.zeros(size, dtype=torch.uint8, device="cuda") for _ in range(2))
+    say("copy", TBps=2 * size / time_ms(lambda: target.copy_(source)) / 1e9)
+    N = 64 if is_tiny else 8192
+    a, b = (torch.randn(N, N, device="cuda").to(BF16) for _ in range(2))
+    say("product of 8192 x 8192", TFLOPs=2 * N**3 / time_ms(lambda: a @ b) / 1e9)
+
+    # The least that a launch costs inside a graph: 1000 kernels, each waiting for the last one.
+    counter = torch.zeros(1024, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(1000):
+            counter.add_(1)
+    say("a node of a graph", us=time_ms(graph.replay))
+
+
+# ---- is it right? ----
+
+def tests():
+    """The kernels against fp64, compiled instead of interpreted."""
+    run_pytest([f"tests/{name}.py" for name in KERNEL_TESTS])
+
+
+def sizes():
+    """What only a GPU can show: sizes past 2^31, long ragged groups."""
+    run_pytest(["tests/test_gpu.py", "-k", "not sanitizer"])
+
+
+def run_pytest(words):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+               "-m", "slow or not slow", *words]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", "8" if len(words) > 3 else "3"]
+    ran = subprocess.run(command, cwd=flags.ROOT, text=True, stdout=subprocess.PIPE)
+    print(ran.stdout[-6000:])
+    failed = [line[:200] for line in ran.stdout.splitlines() if line.startswith("FAILED")]
+    say("pytest", tests=words, result=ran.stdout.strip().splitlines()[-1], failed=failed)
+
+
+def gap():
+    """Sampler against trainer, graphs against eager steps, one run against another."""
+    cases = [(64, "llama", BF16, "bitwise"), (128, "qwen2", BF16, "bitwise"),
+             (128, "qwen3", BF16, "bitwise"), (64, "llama", torch.float32, "bitwise"),
+             (128, "qwen2", BF16, "fast"), (128, "qwen2", BF16, "torch")]
+    n, longest, rows, count, prompt_len = 8, 200, 40, 12, 700
+    shape = SMALL
+    if is_tiny:
+        n, longest, rows, count, prompt_len, shape = 3, 8, 4, 3, 12, TINY
+    rng = random.Random(0)
+    prompts = [[rng.randrange(150) for _ in range(rng.randint(1, prompt_len))]
+               for _ in range(count)]
+    stops = range(0, shape["vocab_size"], 29)
+    for K, family, dtype, backend in cases:
+        kernels.set_backend(backend)
+        config = GPTConfig(**shape | dict(head_dim=16 if is_tiny else K, family=family,
+                                          tied_head=family != "qwen3"))
+        model = random_model(config, dtype, dtype)
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.ndim == 2:
+                    weight.mul_(6)  # far from flat
+        generate = partial(sample.generate, model, prompts, n, longest, 0.8, stops, 7,
+                           max_rows=rows, kv_gb=2)
+        rollouts = generate()
+        same = generate() == rollouts
+        real, sample.make_step = sample.make_step, partial(partial, sample.step)
+        eager = generate() == rollouts
+        sample.make_step = real
+        groups = [(prompt, [rollout.tokens for rollout in group])
+                  for prompt, group in zip(prompts, rollouts)]
+        tokens, layout = flatten(groups, model.device)
+        with torch.no_grad():
+            trained = model.logprobs(tokens, layout, 0.8)
+        sampled = [p for group in rollouts for rollout in group for p in rollout.logprobs]
+        drift = (trained - torch.tensor(sampled, device="cuda")).abs()
+        say("logp_gap", backend=backend, family=family, K=K, dtype=dtype, tokens=len(sampled),
+            largest=drift.max().item(), mean=drift.mean().item(), graph_is_eager=eager,
+            two_runs_equal=same)
+
+
+def fsdp():
+    """FSDP2 over one rank of NCCL: streams, bf16 casts, custom autograd functions, checkpoints."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
+                                        register_fsdp_forward_method)
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511", RANK="0", WORLD_SIZE="1")
+    dist.init_process_group("nccl", device_id=torch.device("cuda:0"))
+    mesh = init_device_mesh("cuda", (1,))
+    policy = MixedPrecisionPolicy(BF16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    kernels.set_backend("bitwise")
+    layout = make_layout([(70, [50, 30])], "cuda")
+    gradients = []
+    for sharded in (False, True):
+        model = random_model(GPTConfig(**SMALL, head_dim=64, family="qwen2"), BF16, torch.float32)
+        if sharded:
+            model.checkpoint_activations = True
+            for module in (*model.layers, model):
+                fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+            register_fsdp_forward_method(model, "logprobs")
+        model.logprobs(torch.arange(150, device="cuda"), layout, 0.8).sum().backward()
+        whole = (weight.grad for weight in model.parameters())
+        gradients.append([getattr(grad, "full_tensor", lambda: grad)() for grad in whole])
+    off = [((ours - alone).norm() / alone.norm()).item() for alone, ours in zip(*gradients)]
+    say("FSDP2, one rank", largest_relative_difference_of_a_gradient=max(off))
+    dist.destroy_process_group()
+
+
+def rpt(steps=40):
+    """A real run: reward up, gap 0.0 in every step, save and resume."""
+    base = latest_checkpoint("runs/demo/base")
+    if not base:
+        raise ValueError("runs/demo/base: no checkpoint; stages 1 to 3 of python demo.py make it")
+    run_dir = out_dir / "rpt"
+    words = ("--template short --entropy-threshold 0.5 --batch-size 32 --rollouts 8 "
+             "--max-new-tokens 64 --temperature 1.0 --lr 1e-4 --grad-clip 1.0 --save-every 20 "
+             f"--init {base} --corpus runs/demo/corpus --out-dir {run_dir}").split()
+    for last, more in ((steps, []), (steps + 5, ["--resume"])):
+        begun = time.time()
+        subprocess.run([sys.executable, "train_rpt.py", *words, "--steps", str(last), *more],
+                       cwd=flags.ROOT, check=True)
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+        metrics = [json.loads(line) for line in lines]
+        rewards = [round(step["reward"], 3) for step in metrics]
+        say("RPT run", steps=len(metrics), wall_s=round(time.time() - begun, 1), rewards=rewards,
+            largest_gap=max(step["logp_gap"] for step in metrics), last_step=metrics[-1])
+
+
+# ---- where does the time go? ----
+
+def decode():
+    """A decode step as a graph: ms, share of the floor, time by kernel, cost of a capture."""
+    _, bandwidth = limits("cuda")
+    for title, config, B, P, own in (("1.5B", QWEN["1.5B"], 256, 1024, 512),
+                                     ("SmolLM2", SMOLLM2, 256, 256, 256),
+                                     ("1.5B", QWEN["1.5B"], 64, 1024, 512)):
+        if is_tiny:
+            config, B, P, own = GPTConfig(**TINY), 8, 9, 8
+        model, S = random_model(config), B // 8
+        weights = sum(weight.numel() for weight in model.parameters()) * 2
+        token_bytes = 4 * config.n_layers * config.n_kv_heads * config.head_dim
+        floor = (weights + (S * P + B * own) * token_bytes) / bandwidth * 1e3
+        for backend in ("bitwise", "fast"):
+            kernels.set_backend(backend)
+            cache = sample.Cache(model, [[1] * P] * S, 8, own + 64, B, 40)
+            cache.rows.prompt_lens.fill_(P)
+            cache.rows.place([row // 8 for row in range(B)])
+            cache.rows.lengths.fill_(own)
+            draw_tokens = partial(sample.draw_next, model, 0.8, None)
+            with torch.no_grad():
+                seconds = []
+                for _ in range(3):
+                    start = time.perf_counter()
+                    decode_step = sample.make_step(model, cache, draw_tokens)
+                    torch.cuda.synchronize()
+                    seconds.append(round(time.perf_counter() - start, 3))
+                cache.rows.lengths.fill_(own)
+                ms = time_ms(decode_step)
+                say("decode step", model=title, backend=backend, B=B, prompt=P, own=own, ms=ms,
+                    tokens_per_s=B / ms * 1e3, floor_ms=floor, share_of_floor=floor / ms,
+                    capture_s=seconds, kernels=time_by_kernel(decode_step))
+            del cache, decode_step
+            if not is_tiny:
+                torch.cuda.empty_cache()
+
+
+def rollouts():
+    """All of sampling: prompts, refills and captures included."""
+    for title, config, count, P, n, new in (("SmolLM2", SMOLLM2, 32, 256, 32, 256),
+                                            ("1.5B", QWEN["1.5B"], 64, 512, 8, 256)):
+        if is_tiny:
+            config, count, P, n, new = GPTConfig(**TINY), 3, 9, 2, 6
+        model = random_model(config)
+        prompts = random_prompts(config, count, P)
+        # Ids that end a rollout: one in 128, so that lengths differ.
+        stops = range(0, config.vocab_size, 128)
+        for backend in ("bitwise", "fast"):
+            kernels.set_backend(backend)
+            generate = partial(sample.generate, model, prompts, n, new, 1.0, stops)
+            generate(seed=0)
+            start = time.perf_counter()
+            groups = generate(seed=1)
+            seconds = time.perf_counter() - start
+            tokens = sum(len(rollout.tokens) for group in groups for rollout in group)
+            say("sampling", model=title, backend=backend, prompts=count, prompt=P, rollouts=n,
+                tokens=tokens, seconds=seconds, tokens_per_s=tokens / seconds)
+
+
+def update():
+    """A micro-batch of 16k tokens, forward and backward, fp32 masters: ms, MFU, by kernel."""
+    from bench.train import model_flops
+    flops, _ = limits("cuda")
+    for title, config in (("1.5B", QWEN["1.5B"]), ("SmolLM2", SMOLLM2)):
+        groups = [(1024, [1024] * 8), (1024, [1024] * 6)]
+        if is_tiny:
+            config, groups = GPTConfig(**TINY), [(9, [5, 3])]
+        model = random_model(config, BF16, torch.float32)
+        layout = make_layout(groups, model.device)
+        tokens = torch.full((len(layout.positions),), 3, device=model.device)
+        least = model_flops(model, groups) / flops * 1e3
+        for backend in ("bitwise", "fast"):
+            kernels.set_backend(backend)
+
+            def forward():
+                return model.logprobs(tokens, layout, 0.8)
+
+            def forward_backward():
+                forward().sum().backward()
+
+            forward_backward()
+            ms, forward_ms = time_ms(forward_backward, 3, 1), time_ms(forward, 3, 1)
+            peak = 0 if is_tiny else torch.cuda.max_memory_allocated() / 1e9
+            say("micro-batch", model=title, backend=backend, tokens=len(tokens), ms=ms,
+                forward_ms=forward_ms, tokens_per_s=len(tokens) / ms * 1e3, mfu=least / ms,
+                peak_gb=peak, kernels=time_by_kernel(forward_backward, 24))
+            model.zero_grad()
+
+
+def tiles():
+    """The bitwise product with other tiles: how fast, and does a row keep its bits?"""
+    shapes = [(256, 256, 1536), (256, 1536, 1536), (256, 2048, 1536), (256, 8960, 1536),
+              (256, 17_920, 1536), (256, 1536, 8960), (64, 1536, 1536), (64, 8960, 1536),
+              (256, 576, 576), (256, 1536, 576), (16_384, 8960, 1536), (16_384, 1536, 8960)]
+    choices = [(64, 128, 4, 4), (128, 128, 8, 3), (64, 64, 4, 4), (64, 64, 4, 6), (64, 32, 4, 5),
+               (64, 16, 4, 6), (128, 64, 4, 4), (128, 32, 4, 5), (128, 64, 8, 4), (128, 256, 8, 3),
+               (128, 128, 8, 4), (64, 256, 4, 3)]
+    if is_tiny:
+        shapes, choices = [(70, 40, 64)], choices[:2]
+    for N, O, D in shapes:
+        x = torch.randn(N, D, device="cuda").to(BF16)
+        weight = (torch.randn(O, D, device="cuda") / D**0.5).to(BF16)
+        out, default, found = torch.empty(N, O, dtype=BF16, device="cuda"), None, []
+        for BM, BN, warps, stages in choices:
+            launch = linear_kernel[kernels.triton.cdiv(N, BM) * kernels.triton.cdiv(O, BN),]
+            call = partial(launch, x, weight, None, out, N, O, D, False, linear_module.ACROSS, BM,
+                           BN, linear_module.BK, "tf32",
+                           **kernels.launch_options("bitwise", warps, stages))
+            try:
+                ms = time_ms(call)
+            except Exception as error:  # tiles that this GPU has no room for
+                found.append((BM, BN, warps, stages, str(error)[:60]))
+                continue
+            default = out.clone() if default is None else default
+            found.append((BM, BN, warps, stages, round(ms * 1e3, 1), torch.equal(out, default)))
+        say("tiles of the product", N=N, O=O, D=D, cublas_us=round(time_ms(lambda: x @ weight.T)
+            * 1e3, 1), BM_BN_warps_stages_us_samebits=found)
+
+
+def head():
+    """Log-probs of 16k tokens and sampling of 256 rows, over a vocabulary of 152k."""
+    N, B, D, V = (20, 20, 16, 300) if is_tiny else (16_384, 256, 1536, 151_936)
+    hidden = torch.randn(N, D, device="cuda").to(BF16)
+    weight = (torch.randn(V, D, device="cuda") * 3 / D**0.5).to(BF16)
+    targets = torch.zeros(N, dtype=torch.long, device="cuda")
+    bits = torch.arange(B, device="cuda")
+    kernels.set_backend("fast")
+    scan = partial(launch_logprob, "fast", hidden, weight, targets, 1.0)
+    draw = partial(sample_tokens, hidden[:B], weight, bits)
+    say("head", scan_ms=time_ms(scan, 3, 1), sample_ms=time_ms(partial(draw, 0.8)),
+        greedy_ms=time_ms(partial(draw, 0.0)),
+        product_ms=time_ms(lambda: hidden[:B] @ weight.T))
+
+
+def speed():
+    """Attention, decoding, log-probs and sampling beside their alternatives: bench/kernels.py."""
+    subprocess.run([sys.executable, "bench/kernels.py", "--quick", "--rows", "3,5,1,4,2",
+                    "--minutes", "1.5", "--json", str(out_dir / "kernels.json")],
+                   cwd=flags.ROOT, check=True)
+
+
+# name: (function, limit in seconds)
+STEPS = {"env": (env, 60), "tests": (tests, 120), "gap": (gap, 90), "fsdp": (fsdp, 60),
+         "rpt": (rpt, 150), "decode": (decode, 90), "update": (update, 90), "tiles": (tiles, 60),
+         "head": (head, 30), "rollouts": (rollouts, 60), "sizes": (sizes, 90),
+         "speed": (speed, 120)}
+
+
+def run_step(name):
+    function, _ = STEPS[name]
+    try:
+        function()
+    except Exception as error:
+        say("FAILED", step=name, error=f"{type(error).__name__}: {str(error)[:500]}")
+        raise
+
+
+def run_steps(names):
+    """Each in a process of its own -> exit code: 0 if none failed."""
+    log, rows = open(out_dir / "log.txt", "a"), []
+    for name in names:
+        _, limit = STEPS[name]
+        start = time.monotonic()
+        command = [sys.executable, __file__, "--out-dir", str(out_dir), "--in-this-process", name]
+        child = subprocess.Popen(command + ["--tiny"] * is_tiny, cwd=flags.ROOT, text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                 start_new_session=True)
+        timer = Timer(limit, lambda: os.killpg(child.pid, 9))
+        timer.start()
+        for line in child.stdout:
+            print(line, end="", flush=True)
+            log.write(line)
+            log.flush()
+        timer.cancel()
+        seconds = time.monotonic() - start
+        code = child.wait()
+        result = "ok" if code == 0 else "over its limit" if code == -9 else f"failed ({code})"
+        rows.append((name, seconds, result))
+        print(f"=== {name}: {result} after {seconds:.0f} s\n", flush=True)
+    print("\n| step | seconds | result |\n|---|---|---|")
+    for name, seconds, result in rows:
+        print(f"| {name} | {seconds:.0f} | {result} |")
+    return int(any(result != "ok" for *_, result in rows))
+
+
+def parse_args():
+    parser = flags.Parser("A GPU's first minutes: is everything right, where does the time go?")
+    add = parser.add_argument
+    add("--steps", default=",".join(STEPS), help="some of them, with commas between")
+    add("--plan", action="store_true", help="print the steps and their limits, run nothing")
+    add("--out-dir", default="runs/gpu_check", help="folder of facts.jsonl and log.txt")
+    add("--tiny", action="store_true", help="tiny shapes, to rehearse the steps")
+    add("--in-this-process", choices=STEPS, metavar="STEP", help="only this step, without a limit")
+    args = parser.parse_args()
+    if not set(args.steps.split(",")) <= STEPS.keys():
+        raise ValueError(f"--steps {args.steps}: expected some of {','.join(STEPS)}")
+    return args
+
+
+if __name__ == "__main__":
+    sys.excepthook = flags.speak_once
+    args = parse_args()
+    is_tiny, out_dir = args.tiny, Path(args.out_dir).resolve()
+    if args.plan:
+        for name, (function, limit) in STEPS.items():
+            text = (function.__doc__ or "Versions, bandwidth, FLOP/s, a launch.").splitlines()[0]
+            print(f"{name:9} at most {limit:3} s   {text}")
+        sys.exit()
+    if not torch.cuda.is_available():
+        raise ValueError("this checks a GPU, and torch finds none (CUDA)")
+    os.chdir(flags.ROOT)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if args.in_this_process:
+        run_step(args.in_this_process)
+    else:
+        sys.exit(run_steps(args.steps.split(",")))
