@@ -20,8 +20,9 @@ import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import make_layout
-from kernels.linear import linear, rms_norm, swiglu
+from kernels.linear import linear
 from kernels.logprob import logprob
+from kernels.pointwise import rms_norm, rotate, swiglu
 from plumbing import hf
 
 
@@ -73,12 +74,6 @@ def rope_table(max_positions, K, theta, device):
     frequencies = 1 / theta ** (torch.arange(0, K, 2, device=device).float() / K)
     angles = torch.arange(max_positions, device=device)[:, None, None].float() * frequencies
     return angles.cos(), angles.sin()
-
-
-def rotate(x, cos, sin):
-    """Rotate the pairs (x[i], x[i + K/2]) of x (T, H, K): the half-split order of Hugging Face."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):

@@ -24,7 +24,7 @@ import torch
 if __name__ == "__main__":  # the repository, not bench/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import kernels
-from kernels import attention, decode, linear, logprob
+from kernels import attention, decode, linear, logprob, pointwise
 from plumbing import flags
 
 SHARED_LIMIT = 232_448   # bytes a block may have on sm_90
@@ -152,9 +152,12 @@ def launch_everything(backend):
             for N in (256, 16_384):
                 linear.linear(floats(N, D), floats(F, D), floats(F))
                 linear.linear(floats(N, F), floats(D, F))
-            linear.rms_norm(floats(256, D), floats(D), 1e-6)
-            linear.rms_norm(floats(256, H, K), floats(K), 1e-6)
-            linear.swiglu(floats(256, F), floats(256, F))
+        cos, sin = torch.empty(2, 256, 1, K // 2, device="meta")
+        for out in (pointwise.rms_norm(floats(256, D), floats(D), 1e-6),
+                    pointwise.rms_norm(floats(256, H, K), floats(K), 1e-6),
+                    pointwise.rotate(floats(256, H, K), cos, sin),
+                    pointwise.swiglu(floats(256, F), floats(256, F))):
+            out.sum().backward()
 
 
 def faults(entry):

@@ -29,7 +29,7 @@ if __name__ == "__main__":  # the repository, not bench/, is where imports start
 import kernels
 import sample
 from bench.common import QWEN, SMOLLM2, commit, limits, random_prompts
-from kernels import linear as linear_module
+from kernels import attention as attention_module, linear as linear_module
 from kernels.attention import make_layout
 from kernels.linear import linear_kernel
 from kernels.logprob import launch_logprob, sample as sample_tokens
@@ -324,31 +324,83 @@ def update():
 def tiles():
     """The bitwise product with other tiles: how fast, and does a row keep its bits?"""
     shapes = [(256, 256, 1536), (256, 1536, 1536), (256, 2048, 1536), (256, 8960, 1536),
-              (256, 17_920, 1536), (256, 1536, 8960), (64, 1536, 1536), (64, 8960, 1536),
-              (256, 576, 576), (256, 1536, 576), (16_384, 8960, 1536), (16_384, 1536, 8960)]
-    choices = [(64, 128, 4, 4), (128, 128, 8, 3), (64, 64, 4, 4), (64, 64, 4, 6), (64, 32, 4, 5),
-               (64, 16, 4, 6), (128, 64, 4, 4), (128, 32, 4, 5), (128, 64, 8, 4), (128, 256, 8, 3),
-               (128, 128, 8, 4), (64, 256, 4, 3)]
+              (256, 17_920, 1536), (256, 1536, 8960), (64, 256, 1536), (64, 1536, 1536),
+              (64, 8960, 1536), (64, 1536, 8960), (256, 192, 576), (256, 576, 576),
+              (256, 1536, 576), (256, 576, 1536), (16_384, 256, 1536), (16_384, 1536, 1536),
+              (16_384, 8960, 1536), (16_384, 1536, 8960)]
+    choices = [(64, 128, 4, 4), (64, 64, 4, 4), (64, 64, 4, 6), (64, 32, 4, 6), (64, 16, 4, 6),
+               (128, 32, 4, 5), (128, 64, 4, 4), (128, 64, 8, 5), (128, 128, 8, 3),
+               (128, 128, 8, 4), (128, 256, 8, 3), (64, 256, 4, 3)]
     if is_tiny:
         shapes, choices = [(70, 40, 64)], choices[:2]
     for N, O, D in shapes:
-        x = torch.randn(N, D, device="cuda").to(BF16)
-        weight = (torch.randn(O, D, device="cuda") / D**0.5).to(BF16)
-        out, default, found = torch.empty(N, O, dtype=BF16, device="cuda"), None, []
+        # As many weights as overflow the L2 cache, one after the other in a graph: in a decode step
+        # every weight comes from memory, and launches cost what they cost there.
+        copies = 2 if is_tiny else max(2, 150_000_000 // (2 * O * D)) if N < 1000 else 2
+        weights = (torch.randn(copies, O, D, device="cuda") / D**0.5).to(BF16)
+        x, found, default = torch.randn(N, D, device="cuda").to(BF16), [], None
+        out = torch.empty(N, O, dtype=BF16, device="cuda")
         for BM, BN, warps, stages in choices:
             launch = linear_kernel[kernels.triton.cdiv(N, BM) * kernels.triton.cdiv(O, BN),]
-            call = partial(launch, x, weight, None, out, N, O, D, False, linear_module.ACROSS, BM,
-                           BN, linear_module.BK, "tf32",
+
+            def products():
+                for weight in weights:
+                    launch(x, weight, None, out, N, O, D, False, linear_module.ACROSS, BM, BN,
+                           linear_module.BK, "tf32",
                            **kernels.launch_options("bitwise", warps, stages))
+
             try:
-                ms = time_ms(call)
+                us = time_graph(products) / copies * 1e3
             except Exception as error:  # tiles that this GPU has no room for
                 found.append((BM, BN, warps, stages, str(error)[:60]))
                 continue
             default = out.clone() if default is None else default
-            found.append((BM, BN, warps, stages, round(ms * 1e3, 1), torch.equal(out, default)))
-        say("tiles of the product", N=N, O=O, D=D, cublas_us=round(time_ms(lambda: x @ weight.T)
-            * 1e3, 1), BM_BN_warps_stages_us_samebits=found)
+            found.append((BM, BN, warps, stages, round(us, 1), torch.equal(out, default)))
+        cublas = time_graph(lambda: [x @ weight.T for weight in weights]) / copies * 1e3
+        say("tiles of the product", N=N, O=O, D=D, cublas_us=round(cublas, 1),
+            BM_BN_warps_stages_us_samebits=found)
+
+
+def time_graph(call):
+    """Median milliseconds of call() as a CUDA graph."""
+    call()
+    if is_tiny:
+        return 1.0
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return time_ms(graph.replay, 5, 1)
+
+
+def backward():
+    """Attention's three kernels with other tiles."""
+    groups = [(1024, [1024] * 8), (1024, [1024] * 6)]
+    choices = {"dkv": [(64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (32, 128, 8, 2),
+                       (128, 64, 8, 2), (64, 128, 8, 3)],
+               "dq": [(128, 64, 8, 2), (128, 64, 8, 3)],
+               "forward": [(128, 64, 8, 3), (128, 128, 8, 2)]}
+    kernels.set_backend("fast")
+    for H, Hkv, K in ((12, 2, 128), (9, 3, 64)):
+        layout = make_layout(groups, "cuda")
+        q, k, v = (torch.randn(len(layout.positions), heads, K, device="cuda").to(BF16)
+                   .requires_grad_() for heads in (H, Hkv, Hkv))
+        for part, tried in choices.items():
+            usual, found = attention_module.BLOCKS[K], []
+            for tile in tried:
+                attention_module.BLOCKS[K] = usual | {part: tile}
+
+                def forward_backward():
+                    attention_module.attention(q, k, v, layout).sum().backward()
+
+                try:
+                    times = {name: ms for name, _, ms in time_by_kernel(forward_backward)}
+                    found.append((tile, times.get(f"{part}_kernel")))
+                except Exception as error:
+                    found.append((tile, str(error)[:60]))
+            attention_module.BLOCKS[K] = usual
+            say("tiles of attention", part=part, H=H, Hkv=Hkv, K=K, BM_BN_warps_stages_ms=found)
+        say("attention", H=H, Hkv=Hkv, K=K, kernels=time_by_kernel(forward_backward))
 
 
 def head():
@@ -376,8 +428,8 @@ def speed():
 # name: (function, limit in seconds)
 STEPS = {"env": (env, 60), "tests": (tests, 120), "gap": (gap, 90), "fsdp": (fsdp, 60),
          "rpt": (rpt, 150), "decode": (decode, 90), "update": (update, 90), "tiles": (tiles, 60),
-         "head": (head, 30), "rollouts": (rollouts, 60), "sizes": (sizes, 90),
-         "speed": (speed, 120)}
+         "backward": (backward, 60), "head": (head, 30), "rollouts": (rollouts, 60),
+         "sizes": (sizes, 90), "speed": (speed, 120)}
 
 
 def run_step(name):

@@ -3,11 +3,12 @@
     attention.py   packed groups, every prompt once
     decode.py      one token for each row, over a KV cache
     logprob.py     log-probs and sampling without logits in memory
-    linear.py      matrix product, RMSNorm, SwiGLU
+    linear.py      matrix product
+    pointwise.py   RMSNorm, rotary positions, SwiGLU
 
 Three backends (--kernels, or the environment variable NANORPT_KERNELS):
     torch      plain PyTorch, on every device; the default on a CPU
-    fast       Triton for attention, decoding and log-probs, PyTorch for what is in linear.py
+    fast       Triton for everything but the matrix product, which is cuBLAS's
     bitwise    Triton throughout: a row's result does not depend on the rows beside it, so the
                sampler's log-probs are the trainer's to the last bit (logp_gap 0.0); the default
                on a GPU

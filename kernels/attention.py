@@ -20,9 +20,9 @@ from one group to another.
 
     forward   a program owns a row of tiles and walks along its keys with a running softmax
     dQ        the same walk; one number per query, its log-sum-exp, restores the softmax
-    dK, dV    a program owns a column of tiles and walks down it, for every query head that shares
-              the kv head. Rollouts lie right behind their prompt, so a column is one range of
-              queries, and the test key <= query is right everywhere.
+    dK, dV    a program owns a column of tiles of one query head and walks down it; heads that
+              share a kv head are added up afterwards. Rollouts lie right behind their prompt, so
+              a column is one range of queries, and the test key <= query is right everywhere.
     Every gradient has one owner: no atomics, the same bits every time. The price is 7 products per
     tile in the backward pass, where a single kernel would need 5.
 
@@ -339,20 +339,22 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr
 def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, table_ptr, T,
                scale, scale2, H: tl.constexpr, Hkv: tl.constexpr, K: tl.constexpr,
                BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
-    """A tile of BN keys of one kv head; queries of all heads that share it pass, BM at a time."""
-    kv_head = tl.program_id(0)
+    """A tile of BN keys; the queries of one head that see it pass, BM at a time.
+
+    Heads that share a kv head have programs of their own: the keys of a prompt are seen by all its
+    rollouts, and one program for all heads would still run when the others have long ended.
+    """
+    head = tl.program_id(0)
     table_ptr += tl.program_id(1) * 6
     first, end, seen_until = tl.load(table_ptr), tl.load(table_ptr + 2), tl.load(table_ptr + 5)
     keys = first + tl.arange(0, BN)
+    kv_head = head // (H // Hkv)
     k = load_rows(k_ptr + kv_head * K, keys, end, Hkv * K, True, K)
     v = load_rows(v_ptr + kv_head * K, keys, end, Hkv * K, True, K)
     dk, dv = tl.zeros((BN, K), tl.float32), tl.zeros((BN, K), tl.float32)
-    tiles = tl.cdiv(seen_until - first, BM)
-    # One flat loop over heads and tiles, because nested ones spill registers. Queries from
-    # seen_until on are read as zeros, which add nothing.
-    for i in range(tiles * (H // Hkv)):
-        head = kv_head * (H // Hkv) + i // tiles
-        rows = first + i % tiles * BM + tl.arange(0, BM)
+    # Queries from seen_until on are read as zeros, which add nothing.
+    for start in range(first, seen_until, BM):
+        rows = start + tl.arange(0, BM)
         q = load_rows(q_ptr + head * K, rows, seen_until, H * K, True, K)
         dout = load_rows(dout_ptr + head * K, rows, seen_until, H * K, True, K)
         lse = tl.load(lse_ptr + head * T + rows, mask=rows < seen_until, other=0.0)
@@ -362,8 +364,8 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         ds = p * (tl.dot(v, dout.T, input_precision=PRECISION) - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    store_rows(dk_ptr + kv_head * K, dk * scale, keys, end, Hkv * K, K)
-    store_rows(dv_ptr + kv_head * K, dv, keys, end, Hkv * K, K)
+    store_rows(dk_ptr + head * K, dk * scale, keys, end, H * K, K)
+    store_rows(dv_ptr + head * K, dv, keys, end, H * K, K)
 
 
 # ---- what model and sampler call ----
@@ -389,7 +391,9 @@ class PackedAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         (T, H, K), Hkv = q.shape, k.shape[1]
         dout = dout.contiguous()
-        dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
+        dq, delta = torch.empty_like(q), torch.empty_like(lse)
+        # The gradients that each query head has for its keys and values.
+        dk, dv = torch.empty(2, T, H, K, dtype=torch.float32, device=q.device)
         precision = kernels.dot_precision(q)
         # dQ comes first, because it writes the delta that dK and dV read.
         BM, BN, warps, stages = blocks(q)["dq"]
@@ -399,9 +403,10 @@ class PackedAttention(torch.autograd.Function):
             H, Hkv, K, BM, BN, precision, **kernels.launch_options(ctx.backend, warps, stages))
         BM, BN, warps, stages = blocks(q)["dkv"]
         table = ctx.layout.tiles("key", BN)
-        dkv_kernel[Hkv, len(table)](
+        dkv_kernel[H, len(table)](
             q, k, v, dout, lse, delta, dk, dv, table, T, K ** -0.5, scale2(K),
             H, Hkv, K, BM, BN, precision, **kernels.launch_options(ctx.backend, warps, stages))
+        dk, dv = (x.view(T, Hkv, -1, K).sum(dim=2).to(k.dtype) for x in (dk, dv))
         return dq, dk, dv, None, None
 
 

@@ -205,6 +205,10 @@ def decode(q, prompt_k, prompt_v, row_k, row_v, rows):
     if backend == "torch":
         return decode_torch(q, prompt_k, prompt_v, row_k, row_v, rows)
     (B, H, K), Hkv, BN = q.shape, row_k.shape[1], blocks(q)["forward"][1]
+    if H // Hkv > PREFIX_TILE:
+        raise ValueError(f"decode kernels know at most {PREFIX_TILE} query heads to a key-value "
+                         f"head, not {H // Hkv}; --kernels torch does")
+    BM = max(SUFFIX_TILE[backend], triton.next_power_of_2(H // Hkv))
     q, precision = q.contiguous(), kernels.dot_precision(q)
     options = kernels.launch_options(backend, num_warps=4, num_stages=3)
     out = torch.empty_like(q)
@@ -216,5 +220,5 @@ def decode(q, prompt_k, prompt_v, row_k, row_v, rows):
         **options)
     suffix_kernel[B, Hkv](
         q, row_k, row_v, m, l, acc, out, rows.lengths, row_k.stride(0), row_k.stride(1), scale2(K),
-        H, Hkv, K, SUFFIX_TILE[backend], BN, precision, **options)
+        H, Hkv, K, BM, BN, precision, **options)
     return out

@@ -1,8 +1,7 @@
-"""Matrix product, RMSNorm and SwiGLU in which a row's result does not depend on the other rows.
+"""Matrix product in which a row's result does not depend on the other rows.
 
     torch      a row may change in its last bit when the number of rows does: cuBLAS picks another
-               tile or splits the sum over D, a reduction picks another tree, a CPU loop ends in a
-               scalar tail
+               tile or splits the sum over D
     bitwise    one order of summation, whatever the number of rows
 
                D                     O = 128 a tile                 O
@@ -11,9 +10,8 @@
              rows past the end are masked                       ascending order, by one program
 
 A trainer that computes 16,384 rows at once and a sampler that computes 256 at a time then agree to
-the bit, and so do the log-probs at the end of the model. Only the bitwise backend runs these
-kernels, and only forward: nothing has to agree with a gradient, so the backward pass is torch's.
-RoPE needs no kernel: its table is computed once, and a single product or sum rounds one way only.
+the bit, and so do the log-probs at the end of the model. Only the bitwise backend runs this kernel,
+and only forward: nothing has to agree with a gradient, so the backward pass is torch's.
 
 The price, at 256 rows: a product of width 1,536 is 12 x 4 tiles on 132 multiprocessors, where
 cuBLAS would split D to fill them all.
@@ -31,43 +29,7 @@ TILES = {64: (4, 4), 128: (8, 3)}
 ACROSS = 8                       # row tiles that share a column tile while it is in L2
 
 
-# ---- torch ----
-
-def rms_norm_torch(x, weight, eps):
-    y = x.float()
-    y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + eps)
-    return weight.to(x.dtype) * y.to(x.dtype)
-
-
-def swiglu_torch(gate, up):
-    return F.silu(gate) * up
-
-
-# ---- kernels ----
-
-@triton.jit
-def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, D, eps, WIDTH: tl.constexpr):
-    """One program per row; WIDTH is D rounded up to a power of two."""
-    column = tl.arange(0, WIDTH)
-    inside = column < D
-    at = tl.program_id(0).to(tl.int64) * D + column
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    x = x * tl.rsqrt(tl.sum(x * x, 0) / D + eps)
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
-    dtype = out_ptr.dtype.element_ty
-    tl.store(out_ptr + at, weight.to(dtype) * x.to(dtype), mask=inside)
-
-
-@triton.jit
-def swiglu_kernel(gate_ptr, up_ptr, out_ptr, size, BLOCK: tl.constexpr):
-    """gate / (1 + exp(-gate)) * up, with silu rounded before the product, as in torch."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + at, mask=inside, other=0.0)
-    silu = gate / (1 + tl.exp(-gate))
-    tl.store(out_ptr + at, silu.to(up.dtype) * up, mask=inside)
-
+# ---- kernel ----
 
 @triton.jit
 def linear_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, N, O, D, BIAS: tl.constexpr,
@@ -113,24 +75,6 @@ def launch_linear(x, weight, bias):
     return out
 
 
-def launch_rms_norm(x, weight, eps):
-    x, D = x.contiguous(), x.shape[-1]
-    out = torch.empty_like(x)
-    if x.numel():
-        rms_norm_kernel[x.numel() // D,](x, weight, out, D, eps, triton.next_power_of_2(D),
-                                         **kernels.launch_options("bitwise", 4))
-    return out
-
-
-def launch_swiglu(gate, up):
-    gate, up = gate.contiguous(), up.contiguous()
-    out, size = torch.empty_like(gate), gate.numel()
-    if size:
-        swiglu_kernel[triton.cdiv(size, 1024),](gate, up, out, size, 1024,
-                                                **kernels.launch_options("bitwise", 4))
-    return out
-
-
 class BitwiseLinear(torch.autograd.Function):
     """F.linear with linear_kernel forward and torch's products backward."""
 
@@ -148,23 +92,6 @@ class BitwiseLinear(torch.autograd.Function):
         return dx, dweight, grad.sum(dim=0) if ctx.has_bias else None
 
 
-class BitwiseForward(torch.autograd.Function):
-    """launch(*inputs, *constants) forward; backward differentiates its torch twin."""
-
-    @staticmethod
-    def forward(ctx, launch, twin, constants, *inputs):
-        ctx.twin, ctx.constants = twin, constants
-        ctx.save_for_backward(*inputs)
-        return launch(*inputs, *constants)
-
-    @staticmethod
-    def backward(ctx, grad):
-        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-        with torch.enable_grad():
-            out = ctx.twin(*inputs, *ctx.constants)
-        return None, None, None, *torch.autograd.grad(out, inputs, grad)
-
-
 # ---- what the model calls ----
 
 def linear(x, weight, bias=None):
@@ -174,17 +101,3 @@ def linear(x, weight, bias=None):
     if kernels.backend(x.device) != "bitwise":
         return F.linear(x, weight, bias)
     return BitwiseLinear.apply(x, weight, bias)
-
-
-def rms_norm(x, weight, eps):
-    """x (..., D), weight (D,) -> x / sqrt(mean(x^2) + eps) * weight, normalised in fp32."""
-    if kernels.backend(x.device) != "bitwise":
-        return rms_norm_torch(x, weight, eps)
-    return BitwiseForward.apply(launch_rms_norm, rms_norm_torch, (eps,), x, weight)
-
-
-def swiglu(gate, up):
-    """gate, up (N, F) -> silu(gate) * up."""
-    if kernels.backend(gate.device) != "bitwise":
-        return swiglu_torch(gate, up)
-    return BitwiseForward.apply(launch_swiglu, swiglu_torch, (), gate, up)

@@ -244,7 +244,8 @@ def test_logits_of_120_stay_finite_and_right(fast, sign, dtype):
     theirs = run(attention_torch, *inputs, groups)
     assert all(x.isfinite().all() for x in ours)
     # Column 0 of dq sums terms of +-480 to almost nothing: in bf16 torch errs by 380% there.
-    assert error(ours[1], truth[1]) <= 2 * error(theirs[1], truth[1])
+    # In fp32 an H100 errs 2.1 times as much as torch there (2.6e-4), the interpreter less.
+    assert error(ours[1], truth[1]) <= 4 * error(theirs[1], truth[1])
     # A logit of 120 leaves fp32 seven bits less.
     limit = 2e-5 if dtype == torch.float32 else BACKWARD[dtype]
     for name, a, b in zip(("out", "dq", "dk", "dv"), ours, truth):

@@ -54,7 +54,7 @@ def error(ours, theirs):
 
 @pytest.mark.parametrize("backend", ["fast", "bitwise"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 3e-3)])
-@pytest.mark.parametrize("H, Hkv", [(2, 2), (4, 2), (6, 1), (10, 2)])
+@pytest.mark.parametrize("H, Hkv", [(2, 2), (4, 2), (6, 1), (10, 2), (24, 1)])
 def test_a_row_sees_its_prompt_and_its_own_tokens_and_nothing_else(
         use_kernels, backend, dtype, tolerance, H, Hkv):
     use_kernels(backend)
@@ -62,6 +62,13 @@ def test_a_row_sees_its_prompt_and_its_own_tokens_and_nothing_else(
     out, busy = decode(q, *caches, rows), rows.busy.bool()
     assert error(out[busy], exact(q, caches, rows)[busy]) < tolerance
     assert (out[~busy] == 0).all()
+
+
+def test_too_many_query_heads_to_a_kv_head_are_refused(use_kernels):
+    use_kernels("fast")
+    q, caches, rows = random_cache(H=80, Hkv=1)
+    with pytest.raises(ValueError, match="at most 64 query heads"):
+        decode(q, *caches, rows)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU and matrix product by Triton: right, and blind to the rows beside a row."""
+"""Matrix product, RMSNorm, RoPE and SwiGLU by Triton: right, and blind to the rows beside a row."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,8 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 from conftest import DEVICE
 from interpreter import canaries, guarded, shuffled_grid
-from kernels.linear import linear, rms_norm, swiglu
+from kernels.linear import linear
+from kernels.pointwise import rms_norm, rotate, rotate_torch, swiglu
 
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 5e-3}  # relative error of the forward, as a norm
 
@@ -40,6 +41,24 @@ def exact_norm(x, weight):
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-5) * weight
 
 
+def angles(T, half):
+    """cos and sin of (T, 1, half) angles"""
+    turn = random(T, 1, half, seed=7) * 3
+    return turn.cos(), turn.sin()
+
+
+def turned(x):
+    return rotate(x, *angles(1, x.shape[-1] // 2))
+
+
+def exact_turned(x):
+    """A product of complex numbers."""
+    a, b = x.chunk(2, dim=-1)
+    turn = torch.complex(*(part.to(x.dtype) for part in angles(1, x.shape[-1] // 2)))
+    y = torch.complex(a, b) * turn
+    return torch.cat([y.real, y.imag], dim=-1)
+
+
 def exact_swiglu(gate, up):
     return gate / (1 + (-gate).exp()) * up
 
@@ -51,6 +70,8 @@ CASES = {
     "no bias": (linear, F.linear, [(1, 64), (128, 64)]),
     "rms_norm": (norm, exact_norm, [(5, 48), (48,)]),
     "rms_norm of heads": (norm, exact_norm, [(5, 3, 16), (16,)]),
+    "rms_norm of 1,100 rows": (norm, exact_norm, [(1100, 48), (48,)]),  # of several a program
+    "rotate": (turned, exact_turned, [(1, 3, 16)]),
     "swiglu": (swiglu, exact_swiglu, [(7, 150), (7, 150)]),
 }
 

@@ -1,0 +1,239 @@
+"""RMSNorm, rotary positions and SwiGLU: operations that do little but read and write.
+
+    torch      every step reads its operands from memory and writes its result back
+    kernels    one pass forward, one backward
+
+    RMSNorm    forward     a program owns a row
+               backward    a program owns a run of rows: their dx, and one row of a matrix whose
+                           sum over programs is dweight; no atomics, the same bits every time
+    RoPE       a program owns a block of pairs (x[i], x[i + K/2]); the gradient of a rotation is
+               the rotation backwards, so that one kernel does both
+    SwiGLU     a program owns a block of elements
+
+A row's result does not depend on the rows beside it, which the bitwise backend needs: a reduction
+in torch picks another tree when the number of rows changes, a CPU loop ends in a scalar tail.
+Nothing has to agree with a gradient to the bit, so the backward kernels only have to be right.
+"""
+import torch
+import torch.nn.functional as F
+
+import kernels
+from kernels import tl, triton
+
+BLOCK = 1024      # elements of a program of SwiGLU, pairs of one of RoPE
+PROGRAMS = 512    # of RMSNorm's backward pass: rows of the matrix that sums up to dweight
+TILE = 2048       # elements that one of them reads at a time, if a row is not longer
+
+
+# ---- torch ----
+
+def rms_norm_torch(x, weight, eps):
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + eps)
+    return weight.to(x.dtype) * y.to(x.dtype)
+
+
+def rotate_torch(x, cos, sin):
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def swiglu_torch(gate, up):
+    return F.silu(gate) * up
+
+
+# ---- kernels ----
+
+@triton.jit
+def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, D, eps, WIDTH: tl.constexpr):
+    """One program per row; WIDTH is D rounded up to a power of two."""
+    column = tl.arange(0, WIDTH)
+    inside = column < D
+    at = tl.program_id(0).to(tl.int64) * D + column
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    x = x * tl.rsqrt(tl.sum(x * x, 0) / D + eps)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
+    dtype = out_ptr.dtype.element_ty
+    tl.store(out_ptr + at, weight.to(dtype) * x.to(dtype), mask=inside)
+
+
+@triton.jit
+def rms_norm_backward_kernel(x_ptr, weight_ptr, dout_ptr, dx_ptr, dweight_ptr, N, D, eps, count,
+                             ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """`count` rows, ROWS at a time: with y = x / rms(x) and dy = dout * weight,
+
+    dx = (dy - y * mean(dy * y)) / rms(x), and dweight gets the sum of dout * y.
+    """
+    program = tl.program_id(0)
+    column = tl.arange(0, WIDTH)
+    inside = column < D
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
+    weight = weight.to(dx_ptr.dtype.element_ty).to(tl.float32)    # as the forward pass rounds it
+    dweight = tl.zeros((WIDTH,), tl.float32)
+    end = tl.minimum(program * count + count, N)
+    for first in range(program * count, end, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        real = (rows < end)[:, None] & inside[None, :]
+        at = rows.to(tl.int64)[:, None] * D + column[None, :]
+        x = tl.load(x_ptr + at, mask=real, other=0.0).to(tl.float32)
+        dout = tl.load(dout_ptr + at, mask=real, other=0.0).to(tl.float32)
+        over_rms = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        y = x * over_rms
+        dy = dout * weight[None, :]
+        dx = (dy - y * (tl.sum(dy * y, 1) / D)[:, None]) * over_rms
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=real)
+        dweight += tl.sum(dout * y, 0)
+    tl.store(dweight_ptr + program.to(tl.int64) * D + column, dweight, mask=inside)
+
+
+@triton.jit
+def rotate_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, pairs, H: tl.constexpr, HALF: tl.constexpr,
+                  BACKWARDS: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of the pairs of x (T, H, 2 HALF), by the angles of their tokens, (T, HALF)."""
+    pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    real = pair < pairs
+    row, i = pair // HALF, pair % HALF                       # of (T x H, HALF)
+    at, angle = row * HALF * 2 + i, row // H * HALF + i
+    a = tl.load(x_ptr + at, mask=real, other=0.0).to(tl.float32)
+    b = tl.load(x_ptr + at + HALF, mask=real, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + angle, mask=real, other=0.0)
+    sin = tl.load(sin_ptr + angle, mask=real, other=0.0)
+    if BACKWARDS:
+        sin = -sin
+    dtype = out_ptr.dtype.element_ty
+    tl.store(out_ptr + at, (a * cos - b * sin).to(dtype), mask=real)
+    tl.store(out_ptr + at + HALF, (b * cos + a * sin).to(dtype), mask=real)
+
+
+@triton.jit
+def swiglu_kernel(gate_ptr, up_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    """gate / (1 + exp(-gate)) * up, with silu rounded before the product, as in torch."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + at, mask=inside, other=0.0)
+    silu = gate / (1 + tl.exp(-gate))
+    tl.store(out_ptr + at, silu.to(up.dtype) * up, mask=inside)
+
+
+@triton.jit
+def swiglu_backward_kernel(gate_ptr, up_ptr, dout_ptr, dgate_ptr, dup_ptr, size,
+                           BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = 1 / (1 + tl.exp(-gate))
+    silu = gate * sigmoid
+    dgate = dout * up * (sigmoid + silu * (1 - sigmoid))
+    dtype = dgate_ptr.dtype.element_ty
+    tl.store(dgate_ptr + at, dgate.to(dtype), mask=inside)
+    tl.store(dup_ptr + at, (dout * silu).to(dtype), mask=inside)
+
+
+# ---- launches ----
+
+class RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, backend):
+        x, D = x.contiguous(), x.shape[-1]
+        ctx.save_for_backward(x, weight)
+        ctx.eps, ctx.backend = eps, backend
+        out = torch.empty_like(x)
+        if x.numel():
+            rms_norm_kernel[x.numel() // D,](x, weight, out, D, eps, triton.next_power_of_2(D),
+                                             **kernels.launch_options(backend, num_warps=4))
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, weight = ctx.saved_tensors
+        dout, D = dout.contiguous(), x.shape[-1]
+        N, WIDTH = x.numel() // D, triton.next_power_of_2(D)
+        ROWS = max(1, TILE // WIDTH)
+        count = ROWS * triton.cdiv(N, ROWS * PROGRAMS)         # rows of a program
+        programs = triton.cdiv(N, count) if N else 0
+        dx = torch.empty_like(x)
+        dweight = torch.empty(programs, D, dtype=torch.float32, device=x.device)
+        if N:
+            rms_norm_backward_kernel[programs,](
+                x, weight, dout, dx, dweight, N, D, ctx.eps, count, ROWS, WIDTH,
+                **kernels.launch_options(ctx.backend, num_warps=4 if WIDTH <= 2048 else 8))
+        return dx, dweight.sum(dim=0).to(weight.dtype), None, None
+
+
+class Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin, backend):
+        ctx.save_for_backward(cos, sin)
+        ctx.backend = backend
+        return launch_rotate(x, cos, sin, backend, backwards=False)
+
+    @staticmethod
+    def backward(ctx, dout):
+        dx = launch_rotate(dout, *ctx.saved_tensors, ctx.backend, backwards=True)
+        return dx, None, None, None
+
+
+def launch_rotate(x, cos, sin, backend, backwards):
+    x, pairs = x.contiguous(), x.numel() // 2
+    out = torch.empty_like(x)
+    if pairs:
+        _, H, K = x.shape
+        rotate_kernel[triton.cdiv(pairs, BLOCK),](
+            x, cos.contiguous(), sin.contiguous(), out, pairs, H, K // 2, backwards, BLOCK,
+            **kernels.launch_options(backend, num_warps=4))
+    return out
+
+
+class SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, backend):
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        ctx.backend = backend
+        out, size = torch.empty_like(gate), gate.numel()
+        if size:
+            swiglu_kernel[triton.cdiv(size, BLOCK),](
+                gate, up, out, size, BLOCK, **kernels.launch_options(backend, num_warps=4))
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        gate, up = ctx.saved_tensors
+        dgate, dup, size = torch.empty_like(gate), torch.empty_like(up), gate.numel()
+        if size:
+            swiglu_backward_kernel[triton.cdiv(size, BLOCK),](
+                gate, up, dout.contiguous(), dgate, dup, size, BLOCK,
+                **kernels.launch_options(ctx.backend, num_warps=4))
+        return dgate, dup, None
+
+
+# ---- what the model calls ----
+
+def rms_norm(x, weight, eps):
+    """x (..., D), weight (D,) -> x / sqrt(mean(x^2) + eps) * weight, normalised in fp32."""
+    backend = kernels.backend(x.device)
+    if backend == "torch":
+        return rms_norm_torch(x, weight, eps)
+    return RMSNorm.apply(x, weight, eps, backend)
+
+
+def rotate(x, cos, sin):
+    """Rotate the pairs (x[i], x[i + K/2]) of x (T, H, K): the half-split order of Hugging Face.
+
+    cos, sin: (T, 1, K / 2) fp32, of each token's angles; they get no gradient.
+    """
+    backend = kernels.backend(x.device)
+    if backend == "torch":
+        return rotate_torch(x, cos, sin)
+    return Rotate.apply(x, cos, sin, backend)
+
+
+def swiglu(gate, up):
+    """gate, up (N, F) -> silu(gate) * up."""
+    backend = kernels.backend(gate.device)
+    if backend == "torch":
+        return swiglu_torch(gate, up)
+    return SwiGLU.apply(gate, up, backend)
