@@ -152,6 +152,7 @@ def launch_everything(backend):
             for N in (256, 16_384):
                 linear.linear(floats(N, D), floats(F, D), floats(F))
                 linear.linear(floats(N, F), floats(D, F))
+            linear.linear(floats(256, D), floats(Hkv * K, D))
         cos, sin = torch.empty(2, 256, 1, K // 2, device="meta")
         for out in (pointwise.rms_norm(floats(256, D), floats(D), 1e-6),
                     pointwise.rms_norm(floats(256, H, K), floats(K), 1e-6),

@@ -174,7 +174,7 @@ def sdpa(q, k, v, **mask):
 # in another order. BM is not, as long as a warp has 16 rows to itself: warps that share a row would
 # sum it in another order. SMALL is for tests, and for fp32, which takes twice the memory.
 SMALL = dict(forward=(64, 16, 4, 2), dq=(32, 16, 8, 2), dkv=(16, 32, 4, 2))
-LARGE = dict(forward=(128, 64, 8, 3), dq=(128, 64, 8, 2), dkv=(64, 128, 8, 2))
+LARGE = dict(forward=(128, 64, 8, 3), dq=(128, 64, 8, 3), dkv=(64, 64, 4, 2))
 BLOCKS = {16: SMALL, 32: SMALL, 64: LARGE, 128: LARGE}
 
 

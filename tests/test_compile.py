@@ -33,8 +33,9 @@ def find(report, kernel, **wanted):
 
 IN_BOTH = ("forward_kernel", "dq_kernel", "dkv_kernel", "prefix_kernel", "suffix_kernel",
            "logprob_scan_kernel", "logprob_combine_kernel", "dlogits_kernel", "sample_scan_kernel",
-           "sample_combine_kernel")
-BITWISE_ONLY = ("linear_kernel", "rms_norm_kernel", "swiglu_kernel")
+           "sample_combine_kernel", "rms_norm_kernel", "rms_norm_backward_kernel", "rotate_kernel",
+           "swiglu_kernel", "swiglu_backward_kernel")
+BITWISE_ONLY = ("linear_kernel",)
 
 
 def test_every_kernel_was_compiled_for_both_backends(report):
@@ -68,7 +69,12 @@ def test_bitwise_sampler_and_trainer_multiply_with_the_same_instruction(report, 
     assert len(entries) >= 3
     [instructions] = products(entries)
     assert len(instructions) > 0
-    sizes = dict(linear_kernel={64, 128}, logprob_scan_kernel={128}, sample_scan_kernel={64, 128})
-    for name, rows in sizes.items():
+    for name, rows in dict(logprob_scan_kernel={128}, sample_scan_kernel={64, 128}).items():
         assert {entry["constants"]["BM"] for entry in find(report, name)} == rows
         assert products(find(report, name)) == {("v3 16, 128, 16, 1 warps across",)}
+    # A tile of another width takes the same steps along D, 16 at a time.
+    entries = find(report, "linear_kernel")
+    widths = {entry["constants"]["BN"] for entry in entries}
+    assert {entry["constants"]["BM"] for entry in entries} == {64, 128}
+    assert widths == {16, 32, 64, 128, 256}
+    assert products(entries) == {(f"v3 16, {width}, 16, 1 warps across",) for width in widths}
