@@ -491,7 +491,7 @@ if __name__ == "__main__":
         for name, (function, limit) in STEPS.items():
             text = (function.__doc__ or "Versions, bandwidth, FLOP/s, a launch.").splitlines()[0]
             print(f"{name:9} at most {limit:3} s   {text}")
-        sys.exit()
+        sys.exit(0)
     if not torch.cuda.is_available():
         raise ValueError("this checks a GPU, and torch finds none (CUDA)")
     os.chdir(flags.ROOT)

@@ -137,8 +137,8 @@ def block_saved(config, groups, backend, size):
     """Bytes that autograd keeps of one block."""
     # A norm keeps its input and output, in torch the input in fp32 and the input over its norm; the
     # outputs of Qwen3's norms are not kept. An MLP keeps gate, up, product, in torch silu(gate).
-    norm = size if backend == "bitwise" else size + 4
-    mlp = 3 * size if backend == "bitwise" else 4 * size
+    norm = size if backend != "torch" else size + 4
+    mlp = 3 * size if backend != "torch" else 4 * size
     channels = 2 * (norm + size) * config.width + mlp * config.ffn_width
     if config.family == "qwen3":
         channels += norm * (config.n_heads + config.n_kv_heads) * config.head_dim
@@ -175,8 +175,8 @@ def update(config, args):
     kept = config.n_layers * (size * tokens * width if again else saved)
     kept += (4 + size) * tokens * width + size * rollout_tokens * width
     kept += 4 * (tokens + config.max_positions) * config.head_dim
-    # In a block: d residual, d norm, d gate, d up; bitwise: swiglu's product; what is recomputed.
-    in_mlp = 3 if args.kernels == "bitwise" else 2
+    # In a block: d residual, d norm, d gate, d up; of the kernels d product; what is recomputed.
+    in_mlp = 3 if args.kernels != "torch" else 2
     in_block = size * tokens * (2 * width + in_mlp * config.ffn_width) + (saved if again else 0)
 
     # Weights and gradients that are not there all the time.
