@@ -8,13 +8,20 @@ hard are entropy > 0.5, 1.0 and 1.5 nats, nested. Every checkpoint answers the s
     reasoning   K sampled thoughts with a prediction: mean accuracy, and pass@K (any of the K right)
     empty       the rollout begins with </think>, and only a box that comes at once counts: a
                 control that measures what the thought adds
+    forced      </think> is not allowed among the first --forced tokens
+    greedy      the most probable token at each place: one thought
+    majority    what most of the K thoughts predict, which counts as one prediction
 
+The last three show what a model can do without training if it is only decoded in another way.
 A prediction is right by `reward.prefix_match`, whatever reward an objective gives it. Brackets are
 95 % bootstrap intervals over documents, because positions of one document are correlated. All
 figures are in percent. Exact answers: paper/answers.py. Multiple choice: paper/choices.py.
 """
+import itertools
 import json
 import sys
+from collections import Counter
+from functools import partial
 
 import numpy as np
 import torch
@@ -37,7 +44,10 @@ from sample import generate
 
 BOOTSTRAP = 1000
 TOKENS_PER_PASS = 8192  # of a forward pass over contexts; bounds memory
-MODES = dict(both=["ntp", "reasoning"], all=["ntp", "reasoning", "empty"])  # or one alone
+DECODINGS = ["reasoning", "majority", "forced", "forced-majority", "greedy", "forced-greedy"]
+MODES = dict(both=["ntp", "reasoning"], all=["ntp", "reasoning", "empty"],
+             decodings=["ntp", *DECODINGS, "empty"])  # or one alone
+VOTES = {"majority": "reasoning", "forced-majority": "forced"}  # whose rollouts have a vote
 
 
 def load_model(checkpoint, device):
@@ -65,25 +75,56 @@ def ntp_hits(model, corpus, positions, longest):
     return (np.array(guesses) == corpus.tokens[positions[:, 0]]).astype(float)
 
 
-def sample_rollouts(model, tokenizer, prompts, args, desc, start=()):
-    """Prompts (lists of ids) -> args.samples rollouts for each, beginning with the ids `start`."""
-    if len(start) >= args.max_new_tokens:
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens} leaves no room after an empty "
-                         f"thought of {len(start)} tokens")
-    prompts = [prompt + list(start) for prompt in prompts]
-    with RolloutBar(len(prompts) * args.samples, desc) as bar:
-        groups = generate(model, prompts, args.samples, args.max_new_tokens - len(start),
-                          args.temperature, stop_ids(tokenizer), (args.seed, 1 << 20),
-                          max_rows=args.max_rows, kv_gb=args.kv_gb, on_tokens=bar,
-                          truncate=truncation(args.top_k, args.top_p, args.min_p))
-    for rollouts in groups:
-        for rollout in rollouts:
-            rollout.tokens = [*start, *rollout.tokens]
-    return groups
+def sample_rollouts(model, tokenizer, prompts, args, mode):
+    """Prompts (lists of ids) -> args.samples rollouts for each, or a single greedy one."""
+    close = tokenizer.encode("</think>", special=True)
+    ends = stop_ids(tokenizer)
+    n = 1 if "greedy" in mode else args.samples
+    decode = partial(decode_with_bar, model, ends, args, mode)
+    if mode == "empty":
+        left = room_after(len(close), "an empty thought", args)
+        groups = decode([prompt + close for prompt in prompts], n, left)
+        for rollout in itertools.chain(*groups):
+            rollout.tokens = close + rollout.tokens
+        return groups
+    if "forced" in mode:
+        # Two calls, because `generate` has one rule for all places: first no token may end the
+        # thought, then every token may be drawn. Each rollout is a prompt of its own in the second.
+        left = room_after(args.forced, "--forced", args)
+        groups = decode(prompts, n, args.forced, banned=[close[0], *ends])
+        longer = [prompt + rollout.tokens for prompt, rollouts in zip(prompts, groups)
+                  for rollout in rollouts]
+        for rollout, [rest] in zip(itertools.chain(*groups), decode(longer, 1, left, number=1)):
+            rollout.tokens += rest.tokens
+            rollout.logprobs += rest.logprobs
+            rollout.finished = rest.finished
+        return groups
+    return decode(prompts, n, args.max_new_tokens)
+
+
+def decode_with_bar(model, ends, args, mode, prompts, n, max_new_tokens, number=0, banned=()):
+    """`generate` with the flags of a command line; number: 1 where a rollout is continued."""
+    with RolloutBar(len(prompts) * n, mode) as bar:
+        return generate(model, prompts, n, max_new_tokens, temperature_of(mode, args), ends,
+                        (args.seed, (1 << 20) + number), max_rows=args.max_rows, kv_gb=args.kv_gb,
+                        on_tokens=bar,
+                        truncate=truncation(args.top_k, args.top_p, args.min_p, banned))
+
+
+def temperature_of(mode, args):
+    return 0 if "greedy" in mode else args.temperature
+
+
+def room_after(tokens, what, args):
+    """How many tokens a rollout may have after its first ones; ValueError if none."""
+    if tokens >= args.max_new_tokens:
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens} leaves no room after {what} of "
+                         f"{tokens} tokens")
+    return args.max_new_tokens - tokens
 
 
 def think(model, tokenizer, corpus, positions, args, mode="reasoning"):
-    """(n, 3) positions -> a Group of args.samples rollouts each; its rewards say which are right.
+    """(n, 3) positions -> a Group of rollouts each; its rewards say which are right.
 
     Every template opens the thought. Mode "empty" closes it at once, with the same prompt and as
     many tokens, and counts a box only where nothing precedes it.
@@ -91,13 +132,10 @@ def think(model, tokenizer, corpus, positions, args, mode="reasoning"):
     template = template_ids(tokenizer, args.template)
     longest = min(args.max_prompt_tokens, model.config.max_positions - args.max_new_tokens)
     questions = [ask(corpus, tokenizer, position, template, longest) for position in positions]
-    start, extract = (), extract_prediction
-    if mode == "empty":
-        start, extract = tokenizer.encode("</think>", special=True), box_at_once
+    extract = box_at_once if mode == "empty" else extract_prediction
     prompts = [question.prompt for question in questions]
     groups = []
-    rollouts = sample_rollouts(model, tokenizer, prompts, args, mode, start)
-    for question, some in zip(questions, rollouts):
+    for question, some in zip(questions, sample_rollouts(model, tokenizer, prompts, args, mode)):
         predicted = predictions(tokenizer, some, extract)
         right = [prefix_match(prediction, question.truth) for prediction in predicted]
         groups.append(Group(question, some, predicted, right))
@@ -108,25 +146,33 @@ def evaluate(checkpoint, corpus, positions, splits, args):
     """One checkpoint on all positions -> lines of results.json."""
     model, tokenizer = load_model(checkpoint, args.device)
     corpus.check(tokenizer, checkpoint)
-    documents, results = positions[:, 1], []
+    results, thoughts = [], {}
     for mode in MODES.get(args.mode, [args.mode]):
+        sampled = VOTES.get(mode, mode)
         if mode == "ntp":
             # Guessing sees as much context as reasoning.
             longest = min(model.config.max_positions, args.max_prompt_tokens)
             hits = ntp_hits(model, corpus, positions, longest)
-            for split, i in splits.items():
-                results.append(result(checkpoint, mode, dict(split=split), hits[i], documents[i],
-                                      args.seed))
-            continue
-        groups = think(model, tokenizer, corpus, positions, args, mode)
-        counts = count(groups)
+        elif sampled not in thoughts:
+            groups = think(model, tokenizer, corpus, positions, args, sampled)
+            thoughts[sampled] = groups
+            if args.dump:
+                about = dict(checkpoint=checkpoint, mode=sampled)
+                append(args.dump, [about | in_words(tokenizer, group, 0) for group in groups])
+        if mode in VOTES:
+            hits = majority_hits(thoughts[sampled])
         for split, i in splits.items():
-            some = {name: values[i] for name, values in counts.items()}
-            results.append(thought_result(checkpoint, mode, dict(split=split), some, documents[i],
-                                          args))
-        if args.dump:
-            about = dict(checkpoint=checkpoint, mode=mode)
-            append(args.dump, [about | in_words(tokenizer, group, 0) for group in groups])
+            part, documents = dict(split=split), positions[i, 1]
+            if mode == "ntp" or mode in VOTES:
+                line = result(checkpoint, mode, part, hits[i], documents, args.seed)
+            else:
+                counts = {name: values[i] for name, values in count(thoughts[mode]).items()}
+                line = thought_result(checkpoint, mode, part, counts, documents, args)
+            if mode in VOTES:
+                line |= dict(samples=args.samples, temperature=args.temperature)
+            if "forced" in mode:
+                line["forced"] = args.forced
+            results.append(line)
     return results
 
 
@@ -141,6 +187,17 @@ def count(groups):
     counts = count_any([group.rewards for group in groups], [group.predictions for group in groups],
                        [group.rollouts for group in groups])
     return counts | dict(one_token=np.array(one), multi_token=counts["rewards"] - np.array(one))
+
+
+def majority_hits(groups):
+    """n Groups -> (n,) 1.0 where the prediction that most rollouts make is right."""
+    hits = []
+    for group in groups:
+        # No box, no vote; of equally frequent predictions the first counts.
+        votes = Counter(prediction for prediction in group.predictions if prediction is not None)
+        winner = votes.most_common(1)[0][0] if votes else None
+        hits.append(prefix_match(winner, group.question.truth))
+    return np.array(hits)
 
 
 def count_any(rewards, predictions, rollouts):
@@ -166,6 +223,17 @@ def interval(values, documents, seed):
     return np.percentile(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1), [2.5, 97.5])
 
 
+def read_beside(path, splits, seed):
+    """-> the lines of a results.json; ValueError if they are about other positions."""
+    with open(path, encoding="utf-8") as file:
+        lines = json.load(file)
+    for line in lines:
+        if (line["n"], line["seed"]) != (len(splits.get(line["split"], [])), seed):
+            raise ValueError(f"{path} is about other positions: it says --seed {line['seed']}, "
+                             f"{line['n']} {line['split']} ones")
+    return lines
+
+
 def percent(share):
     return round(100 * float(share), 2)
 
@@ -185,23 +253,24 @@ def thought_result(checkpoint, mode, part, counts, documents, args):
     for name, values in counts.items():
         if name not in ("rewards", "lengths"):
             line[name] = percent(values.mean())
-    return line | dict(samples=args.samples, temperature=args.temperature,
+    return line | dict(samples=rewards.shape[1], temperature=temperature_of(mode, args),
                        len_mean=round(float(counts["lengths"].mean()), 1))
 
 
 def print_table(results):
-    """One row for each checkpoint and mode: accuracy [95 % interval] on each split."""
+    """A block for each checkpoint, a row for each mode: accuracy [95 % interval] on each split."""
     splits = [s for s in SPLITS if any(r["split"] == s for r in results)]
-    rows = list(dict.fromkeys((r["checkpoint"], r["mode"]) for r in results))
-    width = max(len(checkpoint) for checkpoint, _ in rows)
-    titles = "  ".join(f"{s + f' > {SPLITS[s]}':>20}" for s in splits)
-    print(f"\n{'next-token accuracy, %':{width}}  {'mode':9}  {titles}")
-    for checkpoint, mode in rows:
-        cells = {r["split"]: f"{r['accuracy']:.1f} [{r['low']:.1f}, {r['high']:.1f}]"
-                 for r in results if (r["checkpoint"], r["mode"]) == (checkpoint, mode)}
-        print(f"{checkpoint:{width}}  {mode:9}  " + "  ".join(f"{cells[s]:>20}" for s in splits))
+    print("\n" + f"{'next-token accuracy, %':22}"
+          + "".join(f"{s + f' > {SPLITS[s]}':>19}" for s in splits))
+    for checkpoint in dict.fromkeys(r["checkpoint"] for r in results):
+        print(checkpoint)
+        mine = [r for r in results if r["checkpoint"] == checkpoint]
+        for mode in dict.fromkeys(r["mode"] for r in mine):
+            cells = {r["split"]: f"{r['accuracy']:.1f} [{r['low']:.1f}, {r['high']:.1f}]"
+                     for r in mine if r["mode"] == mode}
+            print(f"    {mode:18}" + "".join(f"{cells[s]:>19}" for s in splits))
     n = {r["split"]: r["n"] for r in results}
-    print(f"{'positions':{width}}  {'':9}  " + "  ".join(f"{n[s]:>20}" for s in splits))
+    print(f"{'positions':22}" + "".join(f"{n[s]:>19}" for s in splits))
 
 
 # ---- command line ----
@@ -231,13 +300,17 @@ def parse_args():
         help="folder written by data/prepare.py and scored by data/filter.py")
     add("--proxy",
         help="checkpoint whose entropies split the positions; default: the only one there is")
-    add("--mode", default="both", choices=["ntp", "reasoning", "empty", *MODES],
-        help="both: ntp and reasoning; all: empty thoughts too")
+    add("--mode", default="both", choices=["ntp", *DECODINGS, "empty", *MODES],
+        help="both: ntp and reasoning; all: empty thoughts too; decodings: every mode")
+    add("--forced", type=flags.at_least(1), default=1, metavar="K",
+        help="modes that are forced: </think> is not allowed among the first K tokens")
     add("--positions", type=flags.at_least(1), default=200,
         help="held-out positions for each split")
     add("--template", default="v0", help="prompt of data/prompt.py: v0 to v6, or short")
     add("--max-prompt-tokens", type=flags.at_least(1), default=4096,
         help="longer contexts lose their beginning")
+    add("--beside", metavar="FILE",
+        help="results.json of other checkpoints on the same positions, to show and keep first")
     add_thought_flags(add, "position")
     args = parser.parse_args()
     check_sampling(args)
@@ -250,7 +323,7 @@ if __name__ == "__main__":
     corpus = load_corpus(args.corpus)
     scores = find_scores(corpus, args.proxy)
     positions, splits = choose_positions(corpus, scores, args.positions, args.seed)
-    results = []
+    results = read_beside(args.beside, splits, args.seed) if args.beside else []
     for checkpoint in args.checkpoints:
         print(f"{checkpoint}: {len(positions)} held-out positions", flush=True)
         results += evaluate(checkpoint, corpus, positions, splits, args)

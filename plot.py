@@ -25,8 +25,8 @@ from plumbing.log import read_metrics
 
 PANELS = {  # metric: (title, unit, factor from file to picture); the first four are drawn
     "reward": ("Reward", "percent of predictions that are right", 100),
-    "accuracy": ("Held-out accuracy", "percent of positions, with 95 % intervals", 1),
-    "format_rate": ("Well-formed answers", "percent", 100),  # if there is no accuracy
+    "held_out": ("Held-out accuracy", "percent of positions, with 95 % intervals", 1),
+    "format_rate": ("Well-formed answers", "percent", 100),  # if nothing is held out
     "len_mean": ("Response length", "tokens", 1),
     "entropy": ("Entropy", "nats per token", 1),
     "loss": ("Loss", "mean per token", 1),
@@ -38,6 +38,7 @@ DASHED = {  # metric: (the share that is drawn over it as a thin dashed line, it
 }
 SPLITS = ["easy", "medium", "hard"]
 MODES = {"ntp": "NTP", "empty": "empty thought", "reasoning": "reasoning"}  # name in the picture
+NOT_DRAWN = ["majority", "forced", "forced-majority", "greedy", "forced-greedy"]  # eval.DECODINGS
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe-Ito
 GREY = "#777777"  # small print
 FILLS = {"NTP": "white", "empty thought": "#B3D4E8", "reasoning": "#0072B2"}
@@ -65,8 +66,9 @@ def read_results(path):
     try:
         lines = json.loads(path.read_bytes())
         for line in lines:
-            if not FIELDS <= set(line) or line["split"] not in SPLITS or line["mode"] not in MODES:
-                raise ValueError(f"expected {', '.join(sorted(FIELDS))}, one of {', '.join(MODES)} "
+            modes = [*MODES, *NOT_DRAWN]
+            if not FIELDS <= set(line) or line["split"] not in SPLITS or line["mode"] not in modes:
+                raise ValueError(f"expected {', '.join(sorted(FIELDS))}, one of {', '.join(modes)} "
                                  f"and one of {', '.join(SPLITS)}, got {line}")
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: not what eval.py lm writes: {error}") from None
@@ -76,12 +78,15 @@ def read_results(path):
 def read_bars(paths):
     """results.json files or folders -> {(checkpoint, mode): {split: (accuracy, low, high)}}.
 
-    Checkpoints are in the order of the files, modes in that of MODES. A later file replaces what an
-    earlier one says, so that a base model with which several runs were compared is drawn once.
+    Checkpoints are in the order of the files, modes in that of MODES; other modes are not drawn. A
+    later file replaces what an earlier one says, so that a base model with which several runs were
+    compared is drawn once.
     """
     bars = {}
     for path in paths:
         for line in read_results(path):
+            if line["mode"] in NOT_DRAWN:
+                continue
             bar = bars.setdefault((line["checkpoint"], MODES[line["mode"]]), {})
             bar[line["split"]] = line["accuracy"], line["low"], line["high"]
     return {bar: bars[bar] for bar in product(checkpoints_of(bars), MODES.values()) if bar in bars}
@@ -174,7 +179,7 @@ def draw_curves(runs, out, smooth=9):
             ax = figure.add_subplot(rows, columns, i + 1)
             ax.grid(True, axis="y")
             title, note, factor = PANELS[metric]
-            if metric == "accuracy":
+            if metric == "held_out":
                 draw_bars(ax, bars, names)
             else:
                 draw_metric(ax, metrics, metric, factor, smooth)
@@ -191,7 +196,7 @@ def choose_panels(rows, bars):
     """-> the first four of PANELS that some run has numbers for."""
     measured = {metric for metric in PANELS if any(row.get(metric) is not None for row in rows)}
     if bars:
-        measured = measured - {"format_rate"} | {"accuracy"}
+        measured = measured - {"format_rate"} | {"held_out"}
     return [metric for metric in PANELS if metric in measured][:4]
 
 

@@ -43,7 +43,7 @@ def read_responses(paths):
     responses = {}
     for path in paths:
         for checkpoint, response, mode in read_lines(path, parse_response):
-            if mode != "empty":
+            if mode in (None, "reasoning"):  # not thoughts that were forced, or left out
                 responses.setdefault(checkpoint, []).append(response)
     if not responses:
         raise ValueError(f"{', '.join(map(str, paths))}: only empty thoughts, nothing to describe")

@@ -10,7 +10,7 @@ import eval as evaluation
 from data.positions import SPLITS, choose_positions, find_scores, load_positions
 from data.prompt import stop_ids
 from data.tokenizer import Tokenizer
-from eval import interval, ntp_hits, think
+from eval import interval, majority_hits, ntp_hits, think
 from model import GPT
 from objectives import Group, Question
 from objectives.rpt import predictions as read_boxes
@@ -40,7 +40,7 @@ def test_next_token_hits_are_those_of_one_context_at_a_time(corpus, base, room):
 def test_reasoning_accuracy_is_that_of_the_dumped_responses(corpus, base, tmp_path):
     code, out, err = run_here("eval.py", "lm", "--corpus", corpus.folder, "--checkpoints", base,
                               "--seed", 3, "--positions", 30, "--template", "short",
-                              "--max-new-tokens", 12, "--temperature", 1.3,
+                              "--max-new-tokens", 12, "--temperature", 1.0,
                               "--out", tmp_path / "results.json", "--dump", tmp_path / "dump.jsonl")
     assert (code, err) == (0, "")
     results = json.loads((tmp_path / "results.json").read_text())
@@ -122,7 +122,90 @@ def test_an_empty_thought_without_room_for_an_answer_is_refused(corpus, base):
               sampling_args(max_new_tokens=1), "empty")
 
 
+@pytest.mark.parametrize("forced", [1, 3, 6])
+def test_a_forced_greedy_rollout_is_the_likeliest_token_that_is_allowed_one_after_the_other(
+        corpus, base, forced):
+    tokenizer, model = Tokenizer.load(base), GPT.from_pretrained(base)
+    positions, _ = choose_positions(corpus, find_scores(corpus), 4, seed=0)
+    ends = stop_ids(tokenizer)
+    args = sampling_args(forced=forced, max_new_tokens=9)
+    for group in think(model, tokenizer, corpus, positions, args, "forced-greedy"):
+        expected = []
+        while len(expected) < 9 and not set(expected) & set(ends):
+            logits = model(torch.tensor([group.question.prompt + expected]))[0, -1]
+            if len(expected) < forced:
+                logits[[tokenizer.special["</think>"], *ends]] = -torch.inf
+            expected.append(logits.argmax().item())
+        [rollout] = group.rollouts
+        assert rollout.tokens == expected and len(rollout.logprobs) == len(expected)
+        assert rollout.finished == (expected[-1] in ends)
+
+
+def test_forced_rollouts_close_no_thought_too_early_and_draw_the_rest_as_usual(corpus, base):
+    tokenizer, model = Tokenizer.load(base), GPT.from_pretrained(base)
+    positions, _ = choose_positions(corpus, find_scores(corpus), 1, seed=0)
+    close, n = tokenizer.special["</think>"], 4000
+    args = sampling_args(forced=1, max_new_tokens=2, samples=n, max_rows=n)
+    group = think(model, tokenizer, corpus, positions[:1], args, "forced")[0]
+    logits = model(torch.tensor([group.question.prompt]))[0, -1]
+    assert logits.softmax(dim=-1)[close] > 0.05   # as if it were allowed
+    logits[[close, *stop_ids(tokenizer)]] = -torch.inf
+    first = torch.tensor([rollout.tokens[0] for rollout in group.rollouts])
+    shares = torch.bincount(first, minlength=len(logits)) / n
+    assert shares[close] == 0 and (shares - logits.softmax(dim=-1)).abs().max() < 0.03
+    # After the same first token the second is drawn from the whole distribution.
+    id = first.mode().values.item()
+    second = torch.tensor([r.tokens[1] for r in group.rollouts if r.tokens[0] == id])
+    probs = model(torch.tensor([group.question.prompt + [id]]))[0, -1].softmax(dim=-1)
+    shares = torch.bincount(second, minlength=len(probs)) / len(second)
+    assert (shares - probs).abs().max() < 4 / np.sqrt(len(second))
+
+
+def test_forcing_without_room_for_an_answer_is_refused(corpus, base):
+    positions, _ = choose_positions(corpus, find_scores(corpus), 2, seed=0)
+    with pytest.raises(ValueError, match="10 leaves no room after --forced of 10 tokens"):
+        think(GPT.from_pretrained(base), Tokenizer.load(base), corpus, positions,
+              sampling_args(forced=10), "forced")
+
+
+def test_the_majority_is_what_most_rollouts_predict_and_the_first_of_several():
+    rng, truth = np.random.default_rng(0), [b" a", b" b", b" c"]
+    groups, expected = [], []
+    for _ in range(300):
+        boxes = [[b" a", b" b", b" a b", None][i] for i in rng.integers(4, size=5)]
+        groups.append(Group(Question([], truth, [], 0), [], boxes))
+        cast = [box for box in boxes if box is not None]
+        most = max((cast.count(box) for box in cast), default=0)
+        winner = next((box for box in cast if cast.count(box) == most), None)
+        expected.append(winner in (b" a", b" a b"))
+    assert majority_hits(groups).tolist() == expected and 0.4 < np.mean(expected) < 0.9
+
+
+def test_lines_beside_come_first_and_have_to_be_about_the_same_positions(corpus, base, tmp_path):
+    tokenizer = Tokenizer.load(base)
+    tiny_model(tokenizer.vocab_size).save_pretrained(tmp_path / "other")
+    tokenizer.save(tmp_path / "other")
+
+    def measure(checkpoint, out, *more):
+        return run_here("eval.py", "lm", "--corpus", corpus.folder, "--checkpoints", checkpoint,
+                        "--template", "short", "--max-new-tokens", 8, "--out", tmp_path / out, *more)
+
+    measure(base, "base.json", "--positions", 5)
+    beside = ("--beside", tmp_path / "base.json")
+    code, out, err = measure(tmp_path / "other", "both.json", "--positions", 5, *beside)
+    assert (code, err) == (0, "") and out.index(f"\n{base}\n") < out.index(f"\n{tmp_path}/other\n")
+    measure(tmp_path / "other", "other.json", "--positions", 5)
+    first, second, both = (json.loads((tmp_path / f"{name}.json").read_text())
+                           for name in ("base", "other", "both"))
+    assert both == first + second
+    for changed in (("--positions", 6), ("--positions", 5, "--seed", 1)):
+        code, _, err = measure(tmp_path / "other", "both.json", *changed, *beside)
+        assert code == 2 and "base.json is about other positions: it says --seed 0, 5 easy" in err
+
+
 @pytest.mark.parametrize("asked, modes", [
+    ("decodings", ["ntp", "reasoning", "majority", "forced", "forced-majority", "greedy",
+                   "forced-greedy", "empty"]), ("majority", ["majority"]),
     ("ntp", ["ntp"]), ("empty", ["empty"]), ("both", ["ntp", "reasoning"]),
     ("all", ["ntp", "reasoning", "empty"])])
 def test_a_mode_means_what_it_says_and_dumps_say_which_it_was(corpus, base, tmp_path, asked, modes):
@@ -134,11 +217,15 @@ def test_a_mode_means_what_it_says_and_dumps_say_which_it_was(corpus, base, tmp_
     results = json.loads((tmp_path / "out.json").read_text())
     assert list(dict.fromkeys(r["mode"] for r in results)) == modes
     for r in results:
-        parts = r["accuracy"] if r["mode"] == "ntp" else r["one_token"] + r["multi_token"]
+        parts = r["one_token"] + r["multi_token"] if "one_token" in r else r["accuracy"]
+        assert ("one_token" in r) == (r["mode"] not in ("ntp", "majority", "forced-majority"))
         assert r["accuracy"] == pytest.approx(parts, abs=0.02)
     if modes != ["ntp"]:
         dumped = [json.loads(line) for line in (tmp_path / "dump.jsonl").read_text().splitlines()]
-        assert {d["mode"] for d in dumped} == {*modes} - {"ntp"}
+        # A majority has no thoughts of its own.
+        assert {d["mode"] for d in dumped} == (
+            {mode.replace("forced-majority", "forced").replace("majority", "reasoning")
+             for mode in modes} - {"ntp"})
         assert all(d["response"].startswith("</think>") for d in dumped if d["mode"] == "empty")
 
 

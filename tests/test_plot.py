@@ -156,6 +156,15 @@ def test_bars_carry_their_own_numbers_and_whiskers(tmp_path, figures):
     assert set(whiskers(ax, 1)) == {(18, 23), (28, 33), (38, 43), (48, 53)}
 
 
+def test_other_decodings_are_read_and_not_drawn(tmp_path):
+    import eval as evaluation
+    modes = evaluation.MODES["decodings"]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([result("base", mode, "easy", 30) for mode in modes]))
+    assert [mode for _, mode in plot.read_bars([path])] == list(plot.MODES.values())
+    assert sorted([*plot.MODES, *plot.NOT_DRAWN]) == sorted(modes)
+
+
 def test_the_base_model_of_two_runs_is_drawn_once(tmp_path, figures):
     runs = [write_run(tmp_path / name, rpt_rows()) for name in ("seed1", "seed2")]
     for run in runs:
