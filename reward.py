@@ -18,7 +18,9 @@ The prediction is the content of the last \boxed{...} after the thought; nothing
     \boxed{\frac{}       ->  `\frac{`         the braces never balance: everything up to the last }
     \boxed{}}            ->  ``               the first } closes: an unmatched } cannot be boxed
 
-The other rewards of the paper's appendix A are in objectives/first_token.py and dense.py.
+This is the yardstick of eval.py and of the metric "accuracy". To pay for something else, edit
+objectives/rpt.py: Objective.reward. The other rewards of the paper's appendix A are in
+objectives/first_token.py and dense.py.
 """
 
 

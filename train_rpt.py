@@ -91,6 +91,9 @@ def collect(sampler, objective, step, cursor, args, log):
         for group in drawn:
             # An edited reward may return a bool or a number of numpy's.
             group.rewards = [float(reward) for reward in group.rewards]
+            # What is right stays what it was when somebody edits what is paid.
+            truth = group.question.truth
+            group.hits = [objective.is_right(p, truth) for p in group.predictions]
         everything += drawn
 
         # Every rank learns which groups of all ranks can train, so that all keep the same ones.

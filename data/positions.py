@@ -50,6 +50,7 @@ def load_positions(corpus, scores, threshold, split):
     """Positions of "train" or "val" solutions with an entropy above `threshold` nats: (n, 3) int64.
 
     A row is an index into corpus.tokens, start and end of its document; n = 0 is a ValueError.
+    Held-out positions come from here too: choose others to train on in objectives/rpt.py.
     """
     entropy = np.load(scores, mmap_mode="r")[:, 0]
     positions = []

@@ -7,10 +7,12 @@
     question(position)                   -> Question: what the model sees, what would be right
     longest_prompt()                     -> tokens of the longest prompt there is
     score(policy, groups)                fills in the predictions and rewards of each Group
+    is_right(prediction, truth)          the yardstick of the metric "accuracy", whatever is paid
     examples(groups, advantages)         -> what the update sees: by default every rollout behind
                                          its prompt, with its advantage on each token
 
-`Base` implements `take` and `examples`. A file that you add to this folder is found by its name.
+`Base` implements `take`, `is_right` and `examples`. A file that you add to this folder is found by
+its name.
 """
 import importlib
 import os
@@ -18,6 +20,7 @@ from dataclasses import dataclass, field
 
 from data.positions import shuffled
 from plumbing.batch import Example
+from reward import prefix_match
 
 
 @dataclass
@@ -36,6 +39,7 @@ class Group:
     rollouts: list                                       # sample.Rollout
     predictions: list = field(default_factory=list)      # bytes in the box, or None
     rewards: list = field(default_factory=list)          # numbers
+    hits: list = field(default_factory=list)             # whether each prediction is right
     scoring_tokens: int = 0                              # read by the policy to score the group
 
     @property
@@ -57,6 +61,10 @@ class Base:
         """n positions, from number `cursor` on, of an endless walk; each round visits them all."""
         chosen = shuffled(len(self.positions), cursor, n, self.args.seed)
         return [self.positions[i] for i in chosen]
+
+    def is_right(self, prediction, truth):
+        """Is it what really follows? As in eval.py, and not to be edited along with a reward."""
+        return prefix_match(prediction, truth) == 1
 
     def examples(self, groups, advantages):
         """Groups, and G advantages for each -> Examples for `pack`, where there is a gradient."""

@@ -37,3 +37,6 @@ class Objective(Base):
             group.predictions = predictions(self.tokenizer, group.rollouts)
             truth = group.question.truth
             group.rewards = [float(answers_equal(p, truth)) for p in group.predictions]
+
+    def is_right(self, prediction, truth):
+        return answers_equal(prediction, truth)

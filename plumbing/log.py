@@ -141,6 +141,7 @@ def rollout_metrics(groups):
     hits = [len(p) for p, reward in zip(predictions, rewards.flat) if reward == 1]
     return dict(
         reward=rewards.mean(),
+        accuracy=np.mean([hit for group in groups for hit in group.hits]),
         reward_std=rewards.std(),
         frac_zero_std=(rewards.std(axis=1) == 0).mean(),
         reward_pass_at_g=rewards.max(axis=1).mean(),

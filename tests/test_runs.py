@@ -185,6 +185,23 @@ def test_a_reward_may_be_any_number(corpus, base, tmp_path, monkeypatch, number)
     assert all(type(r["reward"]) is float for r in lines(tmp_path / "run", "samples.jsonl"))
 
 
+@pytest.mark.parametrize("objective", ["rpt", "first_token", "dense", "no_thought"])
+def test_accuracy_is_that_of_the_verifier_whatever_is_paid(corpus, base, tmp_path, monkeypatch, objective):
+    def first_step(folder):
+        line = command("train_rpt.py", corpus, base, tmp_path / folder, steps=1, objective=objective)
+        assert run_here(*line)[0] == 0
+        return lines(tmp_path / folder)[0]
+
+    usual = first_step("usual")
+    monkeypatch.setattr(f"objectives.{objective}.Objective.reward",
+                        lambda self, prediction, truth: 0.125 * len(prediction or b""))
+    edited = first_step("edited")
+    assert edited["reward"] != usual["reward"] and edited["tokens"] == usual["tokens"]
+    assert 0 < usual["accuracy"] == edited["accuracy"] < 1
+    if objective == "rpt":
+        assert usual["accuracy"] == usual["reward"]
+
+
 def test_a_save_removes_what_an_earlier_one_left_unfinished(corpus, base, tmp_path):
     (tmp_path / "run" / "step_000001.partial" / "optimizer").mkdir(parents=True)
     assert run_here(*command("train_rpt.py", corpus, base, tmp_path / "run", steps=2))[0] == 0
@@ -219,8 +236,8 @@ def test_a_run_moves_the_weights_and_logs_what_is_documented(whole, base):
     names = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]).keys()
     assert names >= {"step", "loss", "grad_norm", "lr", "train_tok_s", "flops", "dt_train"}
     if script == "train_rpt.py":
-        assert names >= {"reward", "reward_std", "frac_zero_std", "format_rate", "len_mean", "frac_truncated",
-                         "entropy", "clip_frac", "logp_gap", "gen_tok_s", "mfu", "dt_gen", "dt_reward"}
+        assert names >= {"reward", "accuracy", "reward_std", "frac_zero_std", "format_rate", "len_mean",
+                         "frac_truncated", "entropy", "clip_frac", "logp_gap", "gen_tok_s", "mfu", "dt_gen", "dt_reward"}
         assert max(line["logp_gap"] for line in lines(run)) < 1e-5
 
 

@@ -416,7 +416,10 @@ def test_the_bar_shows_rollouts_that_have_ended_and_tokens_a_second(capsys):
 def test_the_length_of_a_match_is_that_of_predictions_that_earn_a_whole_reward():
     question = Question(prompt=[1], truth=[], context=[], position=0)
     rollouts = [Rollout(tokens=[1, 2], logprobs=[-1.0, -2.0], finished=True) for _ in range(4)]
-    metrics = rollout_metrics([Group(question, rollouts, [b"ab", b"abcd", b"abcdefgh", None], [1.0, 1.0, 0.5, 0.0])])
+    hits = [True, False, False, False]
+    metrics = rollout_metrics([Group(question, rollouts, [b"ab", b"abcd", b"abcdefgh", None], [1.0, 1.0, 0.5, 0.0],
+                                     hits)])
+    assert metrics["reward"] == 0.625 and metrics["accuracy"] == 0.25
     assert metrics["match_len"] == 3 and metrics["format_rate"] == 0.75 and metrics["entropy"] == 1.5
 
 
