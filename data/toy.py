@@ -4,12 +4,19 @@ r"""Write the embedded corpus (data/sums.py) and all else that the demo needs.
 
 The folder is a corpus with three more files. strings.jsonl has a think/answer string for each
 training document, because a pre-trained model has seen reasoning of mixed quality: SKIPPED of them
-do not think, and WRONG of the others get a random digit in one step and believe it.
+do not think, at each step but the last STOPPED of the thoughts give up and take the digit they have
+for the result, and WRONG get a random digit in one step and believe it.
 
-    ... Solution: The digit is<think>5+4=9;9*7=3;3*3=9;9+2=1; odd one</think>\boxed{ odd}<|end|>
+    ... Solution: It is<think>5+4=9;9*7=3;3*3=9;9+2=1; odd</think>\boxed{ odd}<|end|>    to the end
+    ... Solution: It is<think>5+4=9;9*7=3; odd</think>\boxed{ odd}<|end|>                gave up
+
+So a base trained on them can take every step, but takes all of a problem in one of eight strings.
+No decoding mends that: the likeliest next token gives up too, and who may not write </think> has
+written the closing word already, behind which no thought goes on. That going on pays is left to be
+found.
 
 questions.jsonl and questions_val.jsonl have long sums that no document has, cut before the last
-word, which is the exact answer: {"question": "Problem: ... namely", "answer": "one"}.
+word, which is the exact answer: {"question": "Problem: ... It is", "answer": "one"}.
 """
 import json
 import random
@@ -21,42 +28,48 @@ from tqdm import tqdm
 if __name__ == "__main__":  # imports start at the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from data.corpus import write_corpus
-from data.sums import PARITY, WORDS, apply, write_document
+from data.sums import apply, write_document
 from data.tokenizer import Tokenizer
 from plumbing import flags
 from plumbing.checkpoint import write
 
-SKIPPED = 0.6            # share of strings without a thought
-WRONG = 0.2              # share of thoughts with a random digit, right one time in ten
+SKIPPED = 0.35           # share of strings without a thought
+STOPPED = 0.55           # share of thoughts that end after a step, at each step but the last
+WRONG = 0.1              # share of thoughts with a random digit, right one time in ten
 COMPUTED = 0.9           # share of strings about computed tokens
 QUESTION_STEPS = (5, 6)  # fewest and most operations
 QUESTIONS = 2000, 200    # to train on, held out
 
 
-def think(rng, start, operations):
-    """-> a thought, in WRONG of all cases with a random step, and the digit that it arrives at."""
-    mistake = rng.randrange(len(operations)) if rng.random() < WRONG else None
-    digit, thought = start, ""
-    for i, operation in enumerate(operations):
+def think(rng, document):
+    """-> a thought about a Sum, and the digit that it arrives at.
+
+    It may give up after any step but the last, and then takes the digit it has for the result.
+    """
+    mistake = rng.randrange(len(document.operations)) if rng.random() < WRONG else None
+    digit, thought = document.start, ""
+    for i, operation in enumerate(document.operations):
+        if i > 0 and rng.random() < STOPPED:
+            break
         result = rng.randrange(10) if i == mistake else apply(digit, operation)
         thought += f"{digit}{operation}={result};"
         digit = result
-    return f"{thought} {PARITY[digit % 2]} {WORDS[digit]}", digit
+    return f"{thought} {document.answers[digit]}", digit
 
 
 def think_string(rng, tokenizer, document):
-    """A document -> prompt ids (the text before a token of the solution, <think>), response ids."""
-    problem, solution, start, operations = document
-    solution_ids = tokenizer.encode(solution)
+    """A Sum -> prompt ids (the text before a token of the solution, <think>), response ids."""
+    solution_ids = tokenizer.encode(document.solution)
     words = [tokenizer.token_bytes(id).decode() for id in solution_ids]
-    computed = [t for t, word in enumerate(words) if word.strip() in (*PARITY, *WORDS)]
-    t = rng.choice(computed) if rng.random() < COMPUTED else rng.randrange(len(words))
+    computed = len(words) - 2  # the last word; a full stop follows
+    t = computed if rng.random() < COMPUTED else rng.randrange(len(words))
     thought, answer = "", words[t]
     if rng.random() >= SKIPPED:
-        thought, digit = think(rng, start, operations)
-        if t in computed:  # the answer believes the thought
-            answer = " " + (PARITY[digit % 2] if t == computed[0] else WORDS[digit])
-    prompt = tokenizer.encode(problem) + solution_ids[:t] + [tokenizer.special["<think>"]]
+        thought, digit = think(rng, document)
+        if t == computed:  # the answer believes the thought
+            answer = " " + document.answers[digit]
+    problem_ids = tokenizer.encode(document.problem)
+    prompt = problem_ids + solution_ids[:t] + [tokenizer.special["<think>"]]
     return prompt, tokenizer.encode(rf"{thought}</think>\boxed{{{answer}}}<|end|>", special=True)
 
 
@@ -74,14 +87,15 @@ def write_strings(path, rng, tokenizer, documents, corpus):
 
 def write_questions(folder, rng, documents):
     """Write questions.jsonl and questions_val.jsonl, each with sums of its own."""
-    known = {(start, *operations) for _, _, start, operations in documents}
+    known = {(document.start, *document.operations) for document in documents}
     lines = []
     while len(lines) < sum(QUESTIONS):
-        problem, solution, start, operations = write_document(rng, QUESTION_STEPS)
-        if (start, *operations) not in known:
-            known.add((start, *operations))
-            asked, _, answer = solution.removesuffix(".").rpartition(" ")
-            lines.append(json.dumps(dict(question=problem + asked, answer=answer)) + "\n")
+        document = write_document(rng, QUESTION_STEPS)
+        if (document.start, *document.operations) not in known:
+            known.add((document.start, *document.operations))
+            asked, _, answer = document.solution.removesuffix(".").rpartition(" ")
+            line = dict(question=document.problem + asked, answer=answer)
+            lines.append(json.dumps(line) + "\n")
     write(f"{folder}/questions.jsonl", "".join(lines[:QUESTIONS[0]]))
     write(f"{folder}/questions_val.jsonl", "".join(lines[QUESTIONS[0]:]))
 
@@ -103,11 +117,11 @@ if __name__ == "__main__":
     unique = {}
     while len(unique) < args.documents:
         document = write_document(rng)
-        unique[document[0]] = document
+        unique[document.problem] = document
     documents = list(unique.values())
 
     tokenizer = Tokenizer.load("embedded")
-    pairs = [document[:2] for document in documents]
+    pairs = [(document.problem, document.solution) for document in documents]
     corpus = write_corpus(pairs, tokenizer, args.out, tokenizer="embedded")
     example = write_strings(f"{args.out}/strings.jsonl", rng, tokenizer, documents, corpus)
     write_questions(args.out, rng, documents)

@@ -11,10 +11,10 @@ from data import filter as entropy_filter
 from data import toy
 from data.corpus import load_corpus, write_corpus
 from data.filter import score_corpus, score_document
-from data.positions import find_scores, load_positions, scores_path
+from data.positions import SPLITS, find_scores, load_positions, scores_path
 from data.prompt import TEMPLATES, build_prompt, stop_ids, template_ids
 from data.questions import read_questions
-from data.sums import WORDS, write_document
+from data.sums import ANSWERS, STEPS, write_document
 from data.tokenizer import Tokenizer
 from data.toy import think, think_string
 from data.warmstart import candidate_string
@@ -271,45 +271,119 @@ def left_to_right(expression):
     return value % 10
 
 
+WORDS = "zero one two three four five six seven eight nine".split()
+ASKED = {  # the question, and its right answer
+    "even or odd": lambda digit: "odd" if digit % 2 else "even",
+    "zero, low, middle or high": lambda digit: ("zero low low low middle middle middle "
+                                                "high high high").split()[digit],
+    "Which digit": lambda digit: WORDS[digit]}
+
+
+def right_answer(problem, digit=None):
+    """What a problem asks for, worked out by other means; digit: in place of the right one."""
+    if digit is None:
+        digit = left_to_right(re.search(r"\d[\d+*]+", problem)[0])
+    [answer] = [answer(digit) for question, answer in ASKED.items() if question in problem]
+    return answer
+
+
 def test_the_answer_of_every_document_is_right():
-    rng, answers = random.Random(7), set()
+    rng, answers, steps = random.Random(7), set(), set()
     for _ in range(500):
-        problem, solution, *_ = write_document(rng)
-        answer = left_to_right(re.search(r"\d[\d+*]+", problem)[0])
-        words = re.findall("|".join(["odd", "even", *WORDS]), solution)
-        assert words == [("even", "odd")[answer % 2], WORDS[answer]]
-        answers.add(answer)
-    assert answers == set(range(10))
+        document = write_document(rng)
+        assert document.solution == f" It is {right_answer(document.problem)}."
+        answers.add(document.solution)
+        steps.add(len(document.operations))
+    assert len(answers) == 2 + 4 + 10 - 1  # two questions share a zero
+    assert steps == set(range(STEPS[0], STEPS[1] + 1))
+
+
+def test_the_questions_are_harder_to_guess_from_one_to_the_next():
+    entropies = []
+    for answers in ANSWERS.values():
+        shares = np.unique(answers, return_counts=True)[1] / 10
+        entropies.append(-(shares * np.log(shares)).sum())
+    easy, medium, hard = entropies
+    assert SPLITS["easy"] < easy < SPLITS["medium"] < medium < SPLITS["hard"] < hard
+
+
+def steps_of(thought):
+    """[("5+4", "9"), ...]: what a thought computes, and what comes out."""
+    return re.findall(r"(\d[+*]\d)=(\d);", thought)
 
 
 @pytest.mark.parametrize("wrong", [0.0, 1.0])
 def test_a_thought_is_right_or_slips_once(monkeypatch, wrong):
     monkeypatch.setattr(toy, "WRONG", wrong)
+    monkeypatch.setattr(toy, "STOPPED", 0.0)
     rng, slips = random.Random(3), []
     for _ in range(200):
-        problem, _, start, operations = write_document(rng)
-        thought, digit = think(rng, start, operations)
-        steps = re.findall(r"(\d[+*]\d+)=(\d);", thought)
-        assert len(steps) == len(operations) and steps[-1][1] == str(digit)
-        assert [step[0] for step, _ in steps] == [str(start)] + [result for _, result in steps[:-1]]
+        document = write_document(rng)
+        thought, digit = think(rng, document)
+        steps = steps_of(thought)
+        assert len(steps) == len(document.operations) and steps[-1][1] == str(digit)
+        befores = [str(document.start)] + [result for _, result in steps[:-1]]
+        assert [step[0] for step, _ in steps] == befores
+        assert [step[1:] for step, _ in steps] == document.operations
         slips.append(sum(left_to_right(step) != int(result) for step, result in steps))
-        assert slips[-1] or digit == left_to_right(re.search(r"\d[\d+*]+", problem)[0])
+        assert slips[-1] or digit == left_to_right(re.search(r"\d[\d+*]+", document.problem)[0])
     assert set(slips) == {0} if wrong == 0 else set(slips) == {0, 1} and np.mean(slips) > 0.8
 
 
+def test_a_thought_gives_up_after_any_step_but_the_last_and_believes_the_digit_it_has(monkeypatch):
+    monkeypatch.setattr(toy, "WRONG", 0.0)
+    rng, went_on = random.Random(4), {done: [] for done in range(1, STEPS[1])}
+    for _ in range(5000):
+        document = write_document(rng)
+        thought, digit = think(rng, document)
+        steps = steps_of(thought)
+        assert [step[1:] for step, _ in steps] == document.operations[:len(steps)]
+        assert steps[-1][1] == str(digit) and thought.endswith("; " + document.answers[digit])
+        for done in range(1, len(document.operations)):
+            if done <= len(steps):
+                went_on[done].append(done < len(steps))
+    for cases in went_on.values():
+        error = np.sqrt(toy.STOPPED * (1 - toy.STOPPED) / len(cases))
+        assert len(cases) > 30 and abs(1 - np.mean(cases) - toy.STOPPED) < 4 * error
+
+
+def test_the_share_of_strings_that_skip_give_up_and_are_about_the_answer(tokenizer):
+    rng, skipped, computed, complete = random.Random(6), [], [], []
+    for _ in range(4000):
+        document = write_document(rng)
+        prompt, response = think_string(rng, tokenizer, document)
+        text = tokenizer.decode_bytes(response).decode()
+        thought, box = text.split("</think>")
+        skipped.append(not thought)
+        computed.append(tokenizer.decode_bytes(prompt).endswith(b" It is<think>"))
+        if thought:
+            complete.append(len(steps_of(thought)) == len(document.operations))
+        if thought and computed[-1]:
+            # The answer is that of the digit the thought ends with, right or not.
+            digit = int(steps_of(thought)[-1][1])
+            assert box == rf"\boxed{{ {right_answer(document.problem, digit)}}}<|end|>"
+        elif computed[-1]:
+            assert box == rf"\boxed{{ {right_answer(document.problem)}}}<|end|>"
+    steps = np.arange(STEPS[0], STEPS[1] + 1)
+    for cases, share in ((skipped, toy.SKIPPED), (computed, toy.COMPUTED + (1 - toy.COMPUTED) / 4),
+                         (complete, ((1 - toy.STOPPED) ** (steps - 1)).mean())):
+        assert np.mean(cases) == pytest.approx(share, abs=0.03)
+
+
 @pytest.mark.parametrize("skipped", [0.0, 1.0])
-def test_the_box_is_the_truth_where_nobody_slipped(tokenizer, monkeypatch, skipped):
+def test_the_box_is_the_truth_where_nobody_slipped_or_gave_up(tokenizer, monkeypatch, skipped):
     monkeypatch.setattr(toy, "SKIPPED", skipped)
     monkeypatch.setattr(toy, "WRONG", 0.0)
+    monkeypatch.setattr(toy, "STOPPED", 0.0)
     rng = random.Random(5)
     for _ in range(200):
         document = write_document(rng)
         prompt, response = think_string(rng, tokenizer, document)
-        ids = tokenizer.encode(document[0]) + tokenizer.encode(document[1])
+        ids = tokenizer.encode(document.problem) + tokenizer.encode(document.solution)
         t = len(prompt) - 1
         assert prompt == ids[:t] + [tokenizer.special["<think>"]]
         assert response[-1] == tokenizer.eos_id
-        assert t >= len(tokenizer.encode(document[0]))
+        assert t >= len(tokenizer.encode(document.problem))
         text = tokenizer.decode_bytes(response)
         assert text.startswith(b"</think>") == (skipped == 1)
         assert extract_prediction(text) == tokenizer.token_bytes(ids[t])
@@ -330,9 +404,9 @@ def test_questions_are_answered_right_and_stand_in_no_document(tokenizer, tmp_pa
     sums = {re.search(r"\d[\d+*]+", question)[0] for question, _ in train + val}
     assert len(sums) == 2200 and not sums & set(re.findall(r"\d[\d+*]+", text))
     for question, answer in train + val:
-        expression = re.search(r"\d[\d+*]+", question)[0]
-        assert WORDS.index(answer) == left_to_right(expression) and len(expression) in (11, 13)
-        assert question.split("\n")[0] not in text and question.endswith("namely")
+        assert answer == right_answer(question)
+        assert len(re.search(r"\d[\d+*]+", question)[0]) in (11, 13)
+        assert question.split("\n")[0] not in text and question.endswith(" It is")
 
 
 def test_strings_come_from_training_documents_alone(tokenizer, tmp_path):

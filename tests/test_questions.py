@@ -51,7 +51,7 @@ def test_a_file_without_lines_is_refused(tmp_path):
 
 def test_a_question_is_asked_in_chat_turns_where_there_are_some_and_cannot_end_its_turn():
     plain = Tokenizer.load("embedded")
-    turns = {"<|im_start|>": 390, "<|im_end|>": 391}
+    turns = {"<|im_start|>": plain.vocab_size, "<|im_end|>": plain.vocab_size + 1}
     chat = Tokenizer(plain.ranks, plain.special | turns, plain.pattern)
     text = "What is <|im_end|> in <think>?"
     prompt = question_prompt(chat, text)
