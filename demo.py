@@ -8,6 +8,7 @@ by hand. A finished stage is not run again, so the same command continues after 
 """
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -18,9 +19,9 @@ from pathlib import Path
 from plumbing import flags
 from plumbing.checkpoint import latest_checkpoint
 
-BASE_STEPS, RPT_STEPS = 3000, 150
+BASE_STEPS, RPT_STEPS = 2000, 250
 EVAL = ("eval.py lm --corpus {run}/corpus --template short --max-new-tokens 64 --positions 500 "
-        "--samples 4 --seed {seed} --out ")
+        "--samples 8 --seed {seed} --dump {run}/thoughts.jsonl --out ")
 NTP = "train_ntp.py --corpus {run}/corpus --problem-weight 0.3 --seed {seed} --resume "
 
 # What a stage does and why, its command, and the file that shows that it is done.
@@ -28,27 +29,27 @@ STAGES = [
     ("Write a corpus: sums to be worked out from left to right, with their answers in words.",
      "data/toy.py --out {run}/corpus --seed {seed}",
      "{run}/corpus/strings.jsonl"),
-    ("Train a small base model on that text and on thoughts of mixed quality: most are skipped, "
-     "some are wrong.",
+    ("Train a small base model on that text and on thoughts of mixed quality: most give up before "
+     "the last step, some are skipped, some are wrong.",
      NTP + "--out-dir {run}/base --strings {run}/corpus/strings.jsonl --steps {base_steps} "
      "--documents-per-step 6 --strings-per-step 24 --lr 2e-3 --save-every 500",
      "{base}/config.json"),
     ("Find the tokens that are hard to guess: the entropy of the base model's prediction at every "
      "position.",
-     "data/filter.py --corpus {run}/corpus --proxy {base} --documents 1200",
+     "data/filter.py --corpus {run}/corpus --proxy {base} --documents 1800",
      "{run}/corpus/filtered"),
-    ("Measure the base on text it has not seen: guessing at once (ntp) and thinking first "
-     "(reasoning).",
-     EVAL + "{run}/before.json --checkpoints {base}",
+    ("Measure the base on text it has not seen: guessing at once (ntp), thinking first "
+     "(reasoning), and what another decoding can get out of it.",
+     EVAL + "{run}/before.json --mode decodings --checkpoints {base}",
      "{run}/before.json"),
     ("Reinforcement pre-training: think, predict, and let the text itself say whether that was "
      "right.",
      "train_rpt.py --init {base} --corpus {run}/corpus --out-dir {run}/rpt --template short "
      "--entropy-threshold 0.5 --steps {rpt_steps} --batch-size 32 --rollouts 8 "
-     "--max-new-tokens 64 --temperature 1.0 --lr 1e-4 --grad-clip 1.0 --seed {seed} --resume",
+     "--max-new-tokens 64 --temperature 1.0 --lr 3e-4 --grad-clip 1.0 --seed {seed} --resume",
      "{rpt}/config.json"),
-    ("Measure both on the same unseen positions.",
-     EVAL + "{run}/rpt/results.json --checkpoints {base} {rpt} --dump {run}/thoughts.jsonl",
+    ("Measure RPT on the same unseen positions.",
+     EVAL + "{run}/rpt/results.json --mode all --beside {run}/before.json --checkpoints {rpt}",
      "{run}/rpt/results.json"),
     ("Draw what happened.",
      "plot.py {run}/rpt",
@@ -61,7 +62,8 @@ CONTROL = [
      "--documents-per-step 24 --lr 1e-3",
      "{run}/control/done"),
     ("Measure base, control and RPT on the same unseen positions.",
-     EVAL + "{run}/control/results.json --checkpoints {base} {control} {rpt}",
+     EVAL + "{run}/control/results.json --mode all --beside {run}/rpt/results.json "
+     "--checkpoints {control}",
      "{run}/control/results.json"),
 ]
 ENDING = """
@@ -69,8 +71,9 @@ ENDING = """
     rpt/curves.png       the picture             rpt/results.json     the table
     rpt/samples.jsonl    thoughts of every step  rpt/metrics.jsonl    numbers of every step
 Next:
-    echo -n "Problem: Mia works out 3+4*7 from left to right and keeps the last digit.
-Solution: The digit is" | python sample.py --model {rpt} --think --template short \\
+    echo -n "Problem: Mia works out 3+4*7 from left to right and keeps the last digit. Which \
+digit is it?
+Solution: It is" | python sample.py --model {rpt} --think --template short \\
                                            --max-new-tokens 64 --n 4
     python demo.py --control                the same compute spent on next-token prediction
     docs/own_text.md                        the same with a real checkpoint and your own text"""
@@ -110,19 +113,46 @@ def pass_on_signals(process):
     return stopped
 
 
-def show_a_thought(path, base, rpt):
-    """Print the first position that the base gets wrong and RPT gets right."""
+def read_thoughts(path, checkpoint):
+    """A dump of eval.py -> {context: the first thought that was sampled about it}."""
     with open(path, encoding="utf-8") as file:
         records = [json.loads(line) for line in file]
-    befores = {r["context"]: r for r in records if r["checkpoint"] == base}
-    afters = {r["context"]: r for r in records if r["checkpoint"] == rpt}
-    for context, after in afters.items():
-        before = befores[context]
-        if after["reward"] and not before["reward"]:
-            print("\nThe first held-out position that the base gets wrong and RPT gets right:\n"
-                  f"{context}\n    before {before['response']}\n    after  {after['response']}\n"
-                  f"    truth  {after['truth']!r}")
-            return
+    return {r["context"]: r for r in records
+            if (r["checkpoint"], r["mode"]) == (checkpoint, "reasoning")}
+
+
+def show_steps(befores, afters):
+    """Print accuracy and length of the thoughts by number of steps of the problem."""
+    by_steps = {}
+    for context in afters:
+        problem = re.search(r"\d([+*]\d)+", context)
+        if problem:
+            by_steps.setdefault(len(problem[0]) // 2, []).append(context)
+    print("\none thought each, by steps of the problem"
+          + "".join(f"{steps:>7}" for steps in sorted(by_steps)))
+    for name, records in (("base", befores), ("RPT", afters)):
+        right, length = [], []
+        for _, contexts in sorted(by_steps.items()):
+            some = [records[context] for context in contexts]
+            right.append(100 * sum(r["reward"] for r in some) / len(some))
+            length.append(sum(r["response"].count("=") for r in some) / len(some))
+        print(f"    {name + ': right, %':37}" + "".join(f"{value:7.1f}" for value in right))
+        print(f"    {name + ': steps of the thought':37}"
+              + "".join(f"{value:7.1f}" for value in length))
+
+
+def show_thoughts(befores, afters):
+    """Print the first position that RPT mends, and the first that it spoils."""
+    for better, worse, what in ((afters, befores, "base gets wrong and RPT gets right"),
+                                (befores, afters, "base gets right and RPT gets wrong")):
+        found = [context for context in afters
+                 if better[context]["reward"] and not worse[context]["reward"]]
+        print(f"\nPositions that the {what}: {len(found)} of {len(afters)}"
+              + (", the first:" if found else ""))
+        for context in found[:1]:
+            print(f"{context}\n    before {befores[context]['response']}\n"
+                  f"    after  {afters[context]['response']}\n"
+                  f"    truth  {afters[context]['truth']!r}")
 
 
 def names(args):
@@ -149,7 +179,10 @@ if __name__ == "__main__":
     os.chdir(flags.ROOT)
     start = time.perf_counter()
     run_stages(STAGES, names, args)
-    show_a_thought(f"{args.out_dir}/thoughts.jsonl", names(args)["base"], names(args)["rpt"])
+    befores, afters = (read_thoughts(f"{args.out_dir}/thoughts.jsonl", names(args)[name])
+                       for name in ("base", "rpt"))
+    show_steps(befores, afters)
+    show_thoughts(befores, afters)
     if args.control:
         run_stages(CONTROL, names, args)
     print(ENDING.format(seconds=time.perf_counter() - start, **names(args)))

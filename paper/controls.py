@@ -43,7 +43,7 @@ VARIANTS = {  # name: the flags by which it differs from rpt
     "normalised": "--normalize-advantage"}
 TRAINED = ["rpt", "ntp", "ntp-hard", "sft-own", *VARIANTS]
 POSITIONS = 32                                        # of a step of rpt
-FITTED = [10, 20, 30, 40, 60, 80, 100, 125, 150]      # steps of rpt, for the scaling fit
+FITTED = [10, 20, 30, 40, 60, 80, 100, 150, 250]      # steps of rpt, for the scaling fit
 TUNED = ["base", "ntp", "rpt", "longer"]              # what RL on questions starts from
 QUESTION_STEPS = 50
 LONGER_STEPS = QUESTION_STEPS + demo.RPT_STEPS        # "longer": from the base, without RPT
@@ -76,7 +76,7 @@ def rpt_command(run, seed, name, different=""):
     return (f"train_rpt.py --init {base(run)} --corpus {run}/corpus --out-dir {run}/{name} "
             f"--template short --entropy-threshold 0.5 --steps {demo.RPT_STEPS} "
             f"--batch-size {POSITIONS} --rollouts 8 --max-new-tokens 64 --temperature 1.0 "
-            f"--lr 1e-4 --grad-clip 1.0 --save-every 10 --seed {seed} --resume {different}")
+            f"--lr 3e-4 --grad-clip 1.0 --save-every 10 --seed {seed} --resume {different}")
 
 
 def ntp_command(run, seed, name, lessons):
@@ -116,7 +116,7 @@ def training(run, seed, names):
     """The corpus, the base, and what is trained from it."""
     corpus, train_base, (why, command, scores) = demo.STAGES[:3]
     # All documents are scored, so that no control trains on one of them many times.
-    stages = [corpus, train_base, (why, command.replace(" --documents 1200", ""), scores),
+    stages = [corpus, train_base, (why, command.replace(" --documents 1800", ""), scores),
               ("RPT.", rpt_command(run, seed, "rpt", "--save-every 5"), f"{run}/rpt/done")]
     text = "--documents-per-step 24 --lr 1e-3"
     lessons = {

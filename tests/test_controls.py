@@ -68,7 +68,7 @@ def test_questions_are_asked_of_each_start_and_of_what_rl_made_of_it(finished, m
     starts = {name: (runs[f"tuned-{name}"]["init"], runs[f"tuned-{name}"]["steps"])
               for name in controls.TUNED}
     assert starts == dict(base=(WORDS["base"], 50), ntp=(f"{RUN}/ntp/step_000007", 50),
-                          rpt=(f"{RUN}/rpt/step_000007", 50), longer=(WORDS["base"], 200))
+                          rpt=(f"{RUN}/rpt/step_000007", 50), longer=(WORDS["base"], 50 + demo.RPT_STEPS))
     asked = commands_of(["rpt", "ntp"])[-1]
     names = "tuned-base ntp tuned-ntp rpt tuned-rpt tuned-longer".split()
     assert asked[asked.index("--checkpoints") + 1:] == [

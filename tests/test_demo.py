@@ -68,17 +68,39 @@ def test_sigterm_is_passed_on_to_the_command(tmp_path, capfd):
     assert end.value.code == 130 and done(tmp_path) == []
 
 
-def test_the_thought_that_is_shown_is_the_first_that_rpt_mends(tmp_path, capsys):
-    lines = [dict(checkpoint=checkpoint, context=f"text {i}", response=f"{checkpoint} says {i}", truth=f"{i}",
-                  reward=reward) for checkpoint, rewards in (("base", [1, 0, 0, 0]), ("rpt", [1, 0, 1, 1]))
-             for i, reward in enumerate(rewards)]
+def dumped(tmp_path):
+    """Thoughts of base and RPT about four problems; other modes and checkpoints stand between them."""
+    contexts = [f"Mia computes {sum} from" for sum in ("1+2*3", "2*3*3", "4+1", "5*7+2+2+1")]
+    lines = []
+    for checkpoint, rewards, thoughts in (("base", [1, 0, 0, 1], ["1+2=3;", "2*3=6;", "", "5*7=5;"]),
+                                          ("rpt", [1, 1, 1, 0], ["1+2=3;3*3=9;", "2*3=6;6*3=8;", "4+1=5;", "5*7=3;"])):
+        for context, reward, thought in zip(contexts, rewards, thoughts):
+            line = dict(checkpoint=checkpoint, mode="reasoning", context=context, response=thought, truth=" odd.",
+                        reward=reward)
+            lines += [line, line | dict(mode="forced", reward=1 - reward), line | dict(checkpoint="other")]
     path = write_lines(tmp_path / "thoughts.jsonl", *lines)
-    demo.show_a_thought(path, "base", "rpt")
+    return demo.read_thoughts(path, "base"), demo.read_thoughts(path, "rpt")
+
+
+def test_accuracy_and_length_are_shown_by_steps_of_the_problem(tmp_path, capsys):
+    demo.show_steps(*dumped(tmp_path))
+    head, *rows = capsys.readouterr().out.strip("\n").split("\n")
+    assert head.split()[-3:] == ["1", "2", "4"]
+    assert [row.split()[-3:] for row in rows] == [
+        ["0.0", "50.0", "100.0"], ["0.0", "1.0", "1.0"], ["100.0", "100.0", "0.0"], ["1.0", "2.0", "1.0"]]
+    assert all(len(row) <= 80 for row in rows)
+
+
+def test_the_thoughts_that_are_shown_are_the_first_that_rpt_mends_and_the_first_that_it_spoils(tmp_path, capsys):
+    befores, afters = dumped(tmp_path)
+    demo.show_thoughts(befores, afters)
     assert capsys.readouterr().out == (
-        "\nThe first held-out position that the base gets wrong and RPT gets right:\n"
-        "text 2\n    before base says 2\n    after  rpt says 2\n    truth  '2'\n")
-    demo.show_a_thought(path, "rpt", "base")  # nothing to show
-    assert capsys.readouterr().out == ""
+        "\nPositions that the base gets wrong and RPT gets right: 2 of 4, the first:\n"
+        "Mia computes 2*3*3 from\n    before 2*3=6;\n    after  2*3=6;6*3=8;\n    truth  ' odd.'\n"
+        "\nPositions that the base gets right and RPT gets wrong: 1 of 4, the first:\n"
+        "Mia computes 5*7+2+2+1 from\n    before 5*7=5;\n    after  5*7=3;\n    truth  ' odd.'\n")
+    demo.show_thoughts(afters, afters)
+    assert capsys.readouterr().out.count("0 of 4\n") == 2
 
 
 @pytest.mark.slow
@@ -86,7 +108,7 @@ def test_the_chain_from_corpus_to_picture_and_control(tmp_path):
     """The demo with a base of 100 steps, one step of RPT and few positions; the second time all stages are done."""
     pytest.importorskip("matplotlib")
     text = (ROOT / "demo.py").read_text(encoding="utf-8")
-    for usual, shorter in (("3000, 150", "100, 1"), ("--documents 1200", "--documents 40"),
+    for usual, shorter in (("2000, 250", "100, 1"), ("--documents 1800", "--documents 60"),
                            ("--positions 500", "--positions 20")):
         assert usual in text
         text = text.replace(usual, shorter)
