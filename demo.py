@@ -19,7 +19,7 @@ from pathlib import Path
 from plumbing import flags
 from plumbing.checkpoint import latest_checkpoint
 
-BASE_STEPS, RPT_STEPS = 2000, 250
+BASE_STEPS, RPT_STEPS = 1600, 250
 EVAL = ("eval.py lm --corpus {run}/corpus --template short --max-new-tokens 64 --positions 500 "
         "--samples 8 --seed {seed} --dump {run}/thoughts.jsonl --out ")
 NTP = "train_ntp.py --corpus {run}/corpus --problem-weight 0.3 --seed {seed} --resume "

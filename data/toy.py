@@ -37,7 +37,7 @@ SKIPPED = 0.35           # share of strings without a thought
 STOPPED = 0.55           # share of thoughts that end after a step, at each step but the last
 WRONG = 0.1              # share of thoughts with a random digit, right one time in ten
 COMPUTED = 0.9           # share of strings about computed tokens
-QUESTION_STEPS = (5, 6)  # fewest and most operations
+QUESTION_STEPS = (4, 5)  # fewest and most operations
 QUESTIONS = 2000, 200    # to train on, held out
 
 
