@@ -13,9 +13,13 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
+from typing import NamedTuple
 
+if __name__ == "__main__":  # nothing is there to be saved while torch is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 from plumbing import flags
 from plumbing.checkpoint import latest_checkpoint
 
@@ -24,94 +28,129 @@ EVAL = ("eval.py lm --corpus {run}/corpus --template short --max-new-tokens 64 -
         "--samples 8 --seed {seed} --dump {run}/thoughts.jsonl --out ")
 NTP = "train_ntp.py --corpus {run}/corpus --problem-weight 0.3 --seed {seed} --resume "
 
-# What a stage does and why, its command, and the file that shows that it is done.
+
+class Stage(NamedTuple):
+    why: str
+    command: str           # braces are filled in by `names`
+    result: str            # the file that shows that the stage is done
+    seconds: int = 0       # on two cores that do nothing else; 0: not known
+
+
 STAGES = [
-    ("Write a corpus: sums to be worked out from left to right, with their answers in words.",
-     "data/toy.py --out {run}/corpus --seed {seed}",
-     "{run}/corpus/strings.jsonl"),
-    ("Train a small base model on that text and on thoughts of mixed quality: most give up before "
-     "the last step, some are skipped, some are wrong.",
-     NTP + "--out-dir {run}/base --strings {run}/corpus/strings.jsonl --steps {base_steps} "
-     "--documents-per-step 6 --strings-per-step 24 --lr 2e-3 --save-every 500",
-     "{base}/config.json"),
-    ("Find the tokens that are hard to guess: the entropy of the base model's prediction at every "
-     "position.",
-     "data/filter.py --corpus {run}/corpus --proxy {base} --documents 1800",
-     "{run}/corpus/filtered"),
-    ("Measure the base on text it has not seen: guessing at once (ntp), thinking first "
-     "(reasoning), and what another decoding can get out of it.",
-     EVAL + "{run}/before.json --mode decodings --checkpoints {base}",
-     "{run}/before.json"),
-    ("Reinforcement pre-training: think, predict, and let the text itself say whether that was "
-     "right.",
-     "train_rpt.py --init {base} --corpus {run}/corpus --out-dir {run}/rpt --template short "
-     "--entropy-threshold 0.5 --steps {rpt_steps} --batch-size 32 --rollouts 8 "
-     "--max-new-tokens 64 --temperature 1.0 --lr 3e-4 --grad-clip 1.0 --seed {seed} --resume",
-     "{rpt}/config.json"),
-    ("Measure RPT on the same unseen positions.",
-     EVAL + "{run}/rpt/results.json --mode all --beside {run}/before.json --checkpoints {rpt}",
-     "{run}/rpt/results.json"),
-    ("Draw what happened.",
-     "plot.py {run}/rpt",
-     "{run}/rpt/curves.png"),
+    Stage("Write a corpus: sums to be worked out from left to right, and what they come to.",
+          "data/toy.py --out {run}/corpus --seed {seed}",
+          "{run}/corpus/strings.jsonl", 4),
+    Stage("Train a small base model on that text and on thoughts of mixed quality: most give up "
+          "before the last step, some are skipped, some are wrong.",
+          NTP + "--out-dir {run}/base --strings {run}/corpus/strings.jsonl --steps {base_steps} "
+          "--documents-per-step 6 --strings-per-step 24 --lr 2e-3 --save-every 500",
+          "{base}/config.json", 110),
+    Stage("Find the tokens that are hard to guess: the entropy of the base model's prediction at "
+          "every position.",
+          "data/filter.py --corpus {run}/corpus --proxy {base} --documents 1800",
+          "{run}/corpus/filtered", 10),
+    Stage("Measure the base on text it has not seen: guessing at once (ntp), thinking first "
+          "(reasoning), and what any other decoding can get out of it.",
+          EVAL + "{run}/before.json --mode decodings --checkpoints {base}",
+          "{run}/before.json", 20),
+    Stage("Reinforcement pre-training: think, predict, and let the text itself say whether that "
+          "was right. Watch the reward rise, and the thoughts grow (len).",
+          "train_rpt.py --init {base} --corpus {run}/corpus --out-dir {run}/rpt --template short "
+          "--entropy-threshold 0.5 --steps {rpt_steps} --batch-size 32 --rollouts 8 "
+          "--max-new-tokens 64 --temperature 1.0 --lr 3e-4 --grad-clip 1.0 --seed {seed} --resume",
+          "{rpt}/config.json", 130),
+    Stage("Measure RPT on the same unseen positions.",
+          EVAL + "{run}/rpt/results.json --mode all --beside {run}/before.json "
+          "--checkpoints {rpt}",
+          "{run}/rpt/results.json", 15),
+    Stage("Draw what happened.",
+          "plot.py {run}/rpt",
+          "{run}/rpt/curves.png", 3),
 ]
 CONTROL = [
-    ("The control: next-token prediction on the same text, from the same base, for the FLOPs that "
-     "RPT has spent.",
-     NTP + "--out-dir {run}/control --init {base} --match-compute {run}/rpt "
-     "--documents-per-step 24 --lr 1e-3",
-     "{run}/control/done"),
-    ("Measure base, control and RPT on the same unseen positions.",
-     EVAL + "{run}/control/results.json --mode all --beside {run}/rpt/results.json "
-     "--checkpoints {control}",
-     "{run}/control/results.json"),
+    Stage("The control: next-token prediction on the same text, from the same base, for the FLOPs "
+          "that RPT has spent.",
+          NTP + "--out-dir {run}/control --init {base} --match-compute {run}/rpt "
+          "--documents-per-step 24 --lr 1e-3",
+          "{run}/control/done", 60),
+    Stage("Measure the control on the same unseen positions, beside base and RPT.",
+          EVAL + "{run}/control/results.json --mode all --beside {run}/rpt/results.json "
+          "--checkpoints {control}",
+          "{run}/control/results.json", 15),
 ]
-ENDING = """
-{seconds:.0f} s. Everything lies in {run}:
-    rpt/curves.png       the picture             rpt/results.json     the table
-    rpt/samples.jsonl    thoughts of every step  rpt/metrics.jsonl    numbers of every step
-Next:
-    echo -n "Problem: Mia works out 3+4*7 from left to right and keeps the last digit. Which \
-digit is it?
-Solution: It is" | python sample.py --model {rpt} --think --template short \\
-                                           --max-new-tokens 64 --n 4
-    python demo.py --control                the same compute spent on next-token prediction
-    docs/own_text.md                        the same with a real checkpoint and your own text"""
+# For a shell, which drops the backslash and the end of its line.
+PROMPT = """\"Problem: Mia works out 3+4*7 from left to right and keeps \\
+the last digit. Which digit is it?
+Solution: It is\""""
 
+
+# ---- stages ----
 
 def run_stages(stages, names, args):
     """Run the commands whose result is not there yet. names(args) fills in their braces."""
-    for number, (why, command, result) in enumerate(stages, 1):
-        command, result = command.format(**names(args)), result.format(**names(args))
-        print(f"\n[{number}/{len(stages)}] {why}\n$ python {command}", flush=True)
+    stages = [Stage(*stage) for stage in stages]
+    whole = sum(stage.seconds for stage in stages)
+    for number, stage in enumerate(stages, 1):
+        known = names(args)
+        result = stage.result.format(**known)
+        # In a command, a folder may have blanks in its name.
+        quoted = {name: shlex.quote(str(value)) for name, value in known.items()}
+        words = shlex.split(stage.command.format(**quoted)) + options(stage.command, args)
+        print("\n" + textwrap.fill(f"[{number}/{len(stages)}] {stage.why}", 80), flush=True)
+        if stage.seconds:
+            print(f"about {stage.seconds} s on two cores, {stage.seconds / whole:.0%} of the whole")
+        print(shell_lines(["python", *words]), flush=True)
         if os.path.exists(result):
             print("    done before")
             continue
         start = time.perf_counter()
-        process = subprocess.Popen([sys.executable, *shlex.split(command)])
+        # In a session of its own, because Ctrl-C on a terminal reaches all processes of one.
+        process = subprocess.Popen([sys.executable, *words], start_new_session=True)
         stopped = pass_on_signals(process)
         code = process.wait()
         if code or stopped:
             print("the same command continues here" if stopped else f"stage {number} failed",
                   flush=True)
-            sys.exit(code or 130)
+            sys.exit(130 if stopped else code)
         Path(result).touch()  # marks a stage that leaves no such file as done
         print(f"    {time.perf_counter() - start:.0f} s")
 
 
+def options(command, args):
+    """The flags that a stage takes over from this command."""
+    device = getattr(args, "device", None)
+    takes_device = command.startswith(("train_", "eval.py", "data/filter.py"))
+    return ["--device", device] if device and takes_device else []
+
+
+def shell_lines(words):
+    """A command as one types it, in lines of at most 80 columns."""
+    lines = ["$"]
+    for word in map(shlex.quote, words):
+        if len(lines[-1]) + len(word) > 76:
+            lines.append("   ")
+        lines[-1] += " " + word
+    return " \\\n".join(lines)
+
+
 def pass_on_signals(process):
-    """-> a list that Ctrl-C or SIGTERM fills; the command that runs saves and ends with 0."""
+    """-> a list that Ctrl-C, SIGTERM or SIGHUP fills. The command saves what it can and ends; at a
+    second Ctrl-C it ends at once."""
     stopped = []
 
     def handle(number, frame):
-        stopped.append(number)
-        if number == signal.SIGTERM:  # Ctrl-C has reached the command already
+        if number == signal.SIGINT and stopped:
+            process.kill()
+        else:
             process.terminate()
+        stopped.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, handle)
     return stopped
 
+
+# ---- what it shows at the end ----
 
 def read_thoughts(path, checkpoint):
     """A dump of eval.py -> {context: the first thought that was sampled about it}."""
@@ -155,6 +194,34 @@ def show_thoughts(befores, afters):
                   f"    truth  {afters[context]['truth']!r}")
 
 
+def ending(args, seconds):
+    """Where everything lies, and what to do next."""
+    run, me = shlex.quote(args.out_dir), "python demo.py"
+    if args.out_dir != "runs/demo":
+        me += f" --out-dir {run}"
+    if args.seed:
+        me += f" --seed {args.seed}"
+    lines = [f"\n{seconds:.0f} s. Everything lies in {run}:",
+             "    rpt/curves.png       the picture",
+             f"    {'control' if args.control else 'rpt'}/results.json     the table",
+             "    thoughts.jsonl       what base and RPT thought about each position",
+             "    rpt/metrics.jsonl    the numbers of every step",
+             "    rpt/samples.jsonl    thoughts of every step",
+             "Next:",
+             "    let it think about another text (3+4 is 7, 7*7 is 49, so: nine):",
+             f"        python sample.py --model {shlex.quote(names(args)['rpt'])} --think \\",
+             "            --template short --max-new-tokens 64 --n 4 --prompt \\",
+             PROMPT,
+             "    edit reward.py or objectives/rpt.py and train again from the same base:",
+             "        README.md, An experiment"]
+    if not args.control:
+        lines += ["    spend the same compute on next-token prediction:", f"        {me} --control"]
+    lines += ["    a real checkpoint and your own text:", "        docs/own_text.md"]
+    return "\n".join(lines)
+
+
+# ---- command line ----
+
 def names(args):
     """-> what fills the braces of the commands."""
     run = args.out_dir
@@ -170,6 +237,9 @@ def parse_args():
     add("--seed", type=flags.at_least(0), default=0,
         help="of everything: corpus, weights, order and sampling")
     add("--control", action="store_true", help="also train and measure next-token prediction")
+    add("--device", choices=["cpu", "cuda"],
+        help="where to compute; default: the GPU, if there is one")
+    add("--kernels", help="torch, fast or bitwise (kernels/__init__.py)")
     return parser.parse_args()
 
 
@@ -177,6 +247,8 @@ if __name__ == "__main__":
     sys.excepthook = flags.speak_once
     args = parse_args()
     os.chdir(flags.ROOT)
+    if args.kernels:
+        os.environ["NANORPT_KERNELS"] = args.kernels
     start = time.perf_counter()
     run_stages(STAGES, names, args)
     befores, afters = (read_thoughts(f"{args.out_dir}/thoughts.jsonl", names(args)[name])
@@ -185,4 +257,4 @@ if __name__ == "__main__":
     show_thoughts(befores, afters)
     if args.control:
         run_stages(CONTROL, names, args)
-    print(ENDING.format(seconds=time.perf_counter() - start, **names(args)))
+    print(ending(args, time.perf_counter() - start))

@@ -17,9 +17,12 @@ loss is a mean over all rollout tokens of the batch, and "gradient clip 0.2" bou
 """
 import math
 import runpy
+import signal
 import sys
 from functools import partial
 
+if __name__ == "__main__":  # nothing is there to be saved while torch is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import torch
 
 import kernels

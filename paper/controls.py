@@ -114,9 +114,10 @@ def answers_command(run, checkpoints):
 
 def training(run, seed, names):
     """The corpus, the base, and what is trained from it."""
-    corpus, train_base, (why, command, scores) = demo.STAGES[:3]
+    corpus, train_base, score = (stage._replace(seconds=0) for stage in demo.STAGES[:3])
     # All documents are scored, so that no control trains on one of them many times.
-    stages = [corpus, train_base, (why, command.replace(" --documents 1800", ""), scores),
+    score = score._replace(command=score.command.replace(" --documents 1800", ""))
+    stages = [corpus, train_base, score,
               ("RPT.", rpt_command(run, seed, "rpt", "--save-every 5"), f"{run}/rpt/done")]
     text = "--documents-per-step 24 --lr 1e-3"
     lessons = {
@@ -247,7 +248,10 @@ def parse_args():
     add("--only", nargs="+", default=TRAINED, choices=TRAINED, metavar="NAME",
         help="rpt and these alone")
     add("--out-dir", default="runs/controls", help="folder for everything, below this repository")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if len(args.out_dir.split()) != 1:
+        raise ValueError(f"--out-dir {args.out_dir!r}: take a name without blanks")
+    return args
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ docs/log.md explains every metric.
 """
 import json
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -37,6 +38,7 @@ class StepLog:
                 self.peak_flops = flops
         self.warned = set()
         self.quiet_steps = 0
+        self.can_replace = False       # the line on the screen?
 
     def start(self):
         """Begin a step."""
@@ -64,9 +66,20 @@ class StepLog:
         append(f"{run}/metrics.jsonl", [valid])
         append(f"{run}/samples.jsonl",
                [dict(step=step) | in_words(self.tokenizer, groups[0], i) for i in range(SAMPLES)])
-        print(step_line(self.args.steps, metrics), flush=True)
+        self.show(step, metrics)
         for warning in self.warnings(metrics):
             print(f"warning: {warning}", file=sys.stderr, flush=True)
+            self.can_replace = False
+
+    def show(self, step, metrics):
+        """Print the step's line. On a terminal it replaces the one before; ten of a run stay."""
+        steps, columns = self.args.steps, math.inf
+        if sys.stdout.isatty():
+            columns = shutil.get_terminal_size().columns
+            if self.can_replace:
+                print("\x1b[A\x1b[K", end="")  # one line up, and clear it
+            self.can_replace = step * 10 // steps == (step - 1) * 10 // steps
+        print(step_line(steps, metrics, columns), flush=True)
 
     def speed_metrics(self, metrics, read):
         """read: tokens that the policy has read to sample and to score."""
@@ -159,17 +172,27 @@ def count_read_tokens(group):
     return len(group.question.prompt) + sampled + group.scoring_tokens
 
 
-def step_line(steps, m):
-    """Metrics of a step -> the line on the screen."""
+def step_line(steps, m, columns=math.inf):
+    """Metrics of a step -> the line on the screen; what matters less gives way to its width."""
     gap = f"{m['logp_gap']:.1e}" if m["logp_gap"] else "0.0"
     if math.isnan(m["logp_gap"]):  # no group had a gradient
         gap = "-"
     seconds = m["dt_gen"] + m["dt_reward"] + m["dt_train"]
-    return (f"step {m['step']:05d}/{steps:05d} | reward {m['reward']:.3f} | "
-            f"fmt {m['format_rate']:.2f} | zero_std {m['frac_zero_std']:.2f} | "
-            f"ent {m['entropy']:.2f} | len {m['len_mean']:.0f} | gnorm {m['grad_norm']:.2f} | "
-            f"gap {gap} | gen {m['gen_tok_s']:,.0f} tok/s | train {m['train_tok_s']:,.0f} tok/s | "
-            f"dt {seconds:.1f}s")
+    cells = {"step": f"{m['step']:05d}/{steps:05d}", "reward": f"{m['reward']:.3f}",
+             "fmt": f"{m['format_rate']:.2f}", "zero_std": f"{m['frac_zero_std']:.2f}",
+             "ent": f"{m['entropy']:.2f}", "len": f"{m['len_mean']:.0f}",
+             "gnorm": f"{m['grad_norm']:.2f}", "gap": gap,
+             "gen": f"{m['gen_tok_s']:,.0f} tok/s", "train": f"{m['train_tok_s']:,.0f} tok/s",
+             "dt": f"{seconds:.1f}s"}
+    for name in ("train", "gen", "gnorm", "dt", "fmt", "ent"):
+        if len(joined(cells)) < columns:
+            break
+        del cells[name]
+    return joined(cells)
+
+
+def joined(cells):
+    return " | ".join(f"{name} {value}" for name, value in cells.items())
 
 
 # ---- files ----

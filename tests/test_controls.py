@@ -28,7 +28,7 @@ def commands_of(names):
     """Script and words of each command, from the corpus to the table."""
     stages = sum((make(RUN, 3, names) for make in (
         controls.training, controls.measuring, controls.tuning, controls.asking)), [])
-    return [shlex.split(command.format(**WORDS)) for _, command, _ in stages]
+    return [shlex.split(command.format(**WORDS)) for _, command, *_ in stages]
 
 
 def parsed(script, words, monkeypatch):

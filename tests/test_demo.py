@@ -1,6 +1,7 @@
 """demo.py: stages that are done are not run again, signals reach the command, and the whole chain holds together."""
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from tiny import ENVIRONMENT, ROOT, write_lines
 @pytest.fixture(autouse=True)
 def handlers():
     """run_stages installs its own."""
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in usual.items():
         signal.signal(number, handler)
@@ -66,6 +67,69 @@ def test_sigterm_is_passed_on_to_the_command(tmp_path, capfd):
     with pytest.raises(SystemExit) as end:
         run(tmp_path, wait)
     assert end.value.code == 130 and done(tmp_path) == []
+
+
+def test_a_second_ctrl_c_ends_a_command_that_does_not_listen(tmp_path, capfd):
+    deaf = ("import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+            "os.kill(os.getppid(), signal.SIGINT); time.sleep(1); os.kill(os.getppid(), signal.SIGINT); time.sleep(60)")
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, deaf)
+    assert end.value.code == 130 and done(tmp_path) == []
+
+
+def test_ctrl_c_on_a_terminal_reaches_a_command_through_the_demo_alone(tmp_path):
+    run(tmp_path, f"import os; print(os.getsid(0), os.getpid(), file=open('{tmp_path}/session', 'w'))")
+    session, process = map(int, (tmp_path / "session").read_text().split())
+    assert session == process != os.getsid(0)
+
+
+def test_a_folder_may_have_blanks_and_quotes_in_its_name(tmp_path, capfd):
+    folder = tmp_path / "it's a run"
+    folder.mkdir()
+    stages = [("Reason.", "-c \"import sys; open(sys.argv[1] + '/said', 'w').write(sys.argv[2])\" {run} {seed}",
+               "{run}/said")]
+    known = dict(run=str(folder), seed=7)
+    demo.run_stages(stages, lambda args: known, SimpleNamespace())
+    assert (folder / "said").read_text() == "7"
+    printed = capfd.readouterr().out.split("$ ")[1].replace("\\\n", "").split("\n    ")[0]
+    assert shlex.split(printed)[-2:] == [str(folder), "7"]
+
+
+def test_what_is_printed_is_the_command_in_80_columns():
+    words = ["python", "train.py", "--out-dir", "a b"] + [f"--flag-{i}={'x' * i}" for i in range(30)]
+    text = demo.shell_lines(words)
+    assert max(map(len, text.split("\n"))) <= 80 and text.startswith("$ python train.py --out-dir 'a b'")
+    assert shlex.split(text.removeprefix("$ ").replace("\\\n", "")) == words
+
+
+def test_stages_that_compute_get_the_device():
+    args = SimpleNamespace(device="cuda")
+    got = [bool(demo.options(stage.command, args)) for stage in demo.STAGES + demo.CONTROL]
+    assert got == [False, True, True, True, True, True, False, True, True]
+    assert demo.options(demo.STAGES[1].command, SimpleNamespace(device=None)) == []
+
+
+def test_next_steps_name_this_run_and_not_what_is_done():
+    usual = SimpleNamespace(out_dir="runs/demo", seed=0, control=False)
+    assert "        python demo.py --control\n" in demo.ending(usual, 1.0)
+    other = demo.ending(SimpleNamespace(out_dir="my runs/x", seed=3, control=False), 1.0)
+    assert "        python demo.py --out-dir 'my runs/x' --seed 3 --control\n" in other
+    assert "--model 'my runs/x/rpt/step_000250'" in other
+    after = demo.ending(SimpleNamespace(out_dir="runs/demo", seed=0, control=True), 1.0)
+    assert "demo.py" not in after and "control/results.json" in after
+    for text in (demo.ending(usual, 1.0), after):
+        assert max(map(len, text.split("\n"))) <= 80
+
+
+def test_ctrl_c_while_torch_is_imported_ends_without_a_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("import time; print('importing', flush=True); time.sleep(60)")
+    environment = ENVIRONMENT | dict(PYTHONPATH=str(tmp_path))
+    for script in ("demo.py", "train_rpt.py"):
+        process = subprocess.Popen([sys.executable, script], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == -signal.SIGINT and process.stderr.read() == ""
 
 
 def dumped(tmp_path):

@@ -12,7 +12,7 @@ from data.positions import shuffled
 from objectives import Base, Group, Question
 from plumbing.batch import Example, cut, pack, split
 from plumbing.checkpoint import cut_log
-from plumbing.log import RolloutBar, StepLog, rollout_metrics
+from plumbing.log import RolloutBar, StepLog, rollout_metrics, step_line
 from plumbing.optimizer import make_optimizer
 from sample import Rollout
 from tiny import ntp_step
@@ -428,3 +428,35 @@ def test_a_torn_last_line_and_later_steps_are_cut_from_a_log(tmp_path):
     log.write_text('{"step": 1}\n{"step": 2, "x": "é"}\n{"step": 3}\n{"step": 4, "rew')
     cut_log(str(log), 2)
     assert log.read_text() == '{"step": 1}\n{"step": 2, "x": "é"}\n'
+
+
+METRICS = dict(step=7, reward=0.5, format_rate=1.0, frac_zero_std=0.25, entropy=0.125, len_mean=27.4, grad_norm=0.5,
+               logp_gap=3.5e-7, gen_tok_s=21_000.0, train_tok_s=14_000.0, dt_gen=0.2, dt_reward=0.0, dt_train=0.2)
+
+
+def test_a_narrow_terminal_shows_what_matters_most():
+    whole = step_line(250, METRICS)
+    assert whole == ("step 00007/00250 | reward 0.500 | fmt 1.00 | zero_std 0.25 | ent 0.12 | len 27 | gnorm 0.50 | "
+                     "gap 3.5e-07 | gen 21,000 tok/s | train 14,000 tok/s | dt 0.4s")
+    assert step_line(250, METRICS, len(whole) + 1) == whole
+    assert len(step_line(250, METRICS, len(whole))) < len(whole)
+    narrow = step_line(250, METRICS, 80)
+    assert narrow == "step 00007/00250 | reward 0.500 | zero_std 0.25 | len 27 | gap 3.5e-07"
+    for word in ("step", "reward", "zero_std", "len", "gap"):
+        assert f"{word} " in narrow and f"{word} " in step_line(250, METRICS, 10)
+
+
+def test_on_a_terminal_ten_lines_of_a_run_stay_and_a_file_gets_all(monkeypatch, capsys):
+    args = SimpleNamespace(steps=30, device="cpu", max_new_tokens=64)
+    for is_terminal in (False, True):
+        log = StepLog(args, torch.nn.Linear(1, 1), None)
+        monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal, raising=False)
+        for step in range(1, 31):
+            log.show(step, METRICS | dict(step=step))
+        screen = []
+        for line in capsys.readouterr().out.splitlines():
+            if line.startswith("\x1b[A\x1b[K"):  # one up, clear
+                screen.pop()
+            screen.append(line.removeprefix("\x1b[A\x1b[K"))
+        steps = [int(line.split("/")[0].split()[1]) for line in screen]
+        assert steps == (list(range(3, 31, 3)) if is_terminal else list(range(1, 31)))
