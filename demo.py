@@ -213,7 +213,7 @@ def ending(args, seconds):
              "            --template short --max-new-tokens 64 --n 4 --prompt \\",
              PROMPT,
              "    edit reward.py or objectives/rpt.py and train again from the same base:",
-             "        README.md, An experiment"]
+             "        README.md, What to edit"]
     if not args.control:
         lines += ["    spend the same compute on next-token prediction:", f"        {me} --control"]
     lines += ["    a real checkpoint and your own text:", "        docs/own_text.md"]

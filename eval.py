@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from data.corpus import load_corpus
 from data.positions import SPLITS, choose_positions, find_scores
-from data.prompt import stop_ids, template_ids
+from data.prompt import TEMPLATES, stop_ids, template_ids
 from data.tokenizer import Tokenizer
-from model import GPT
+from model import GPT, read_config
 from objectives import Group
 from objectives.rpt import ask, predictions
 from plumbing import flags
@@ -44,6 +44,7 @@ from sample import generate
 
 BOOTSTRAP = 1000
 TOKENS_PER_PASS = 8192  # of a forward pass over contexts; bounds memory
+MAX_NEW_TOKENS = 8192   # of a rollout, where the model has the room
 DECODINGS = ["reasoning", "majority", "forced", "forced-majority", "greedy", "forced-greedy"]
 MODES = dict(both=["ntp", "reasoning"], all=["ntp", "reasoning", "empty"],
              decodings=["ntp", *DECODINGS, "empty"])  # or one alone
@@ -279,7 +280,7 @@ def add_thought_flags(add, of):
     """Flags of every evaluation; of: what a thought is about, for the help."""
     add("--checkpoints", required=True, nargs="+", help="checkpoint folders, side by side")
     add("--samples", type=flags.at_least(1), default=1, metavar="K", help=f"thoughts for each {of}")
-    add("--max-new-tokens", type=flags.at_least(1), default=8192, help="tokens of a rollout")
+    flags.add_length_flag(add, MAX_NEW_TOKENS)
     flags.add_sampling_flags(add)
     add("--out", help="write the table here as JSON")
     add("--dump", help=f"append one rollout for each {of} here, as JSON lines")
@@ -290,6 +291,12 @@ def add_thought_flags(add, of):
 def check_sampling(args):
     """Check --top-k, --top-p and --min-p before anything is loaded."""
     truncation(args.top_k, args.top_p, args.min_p)
+
+
+def fill_in_length(args):
+    """--max-new-tokens, where it is not given: the same for all checkpoints."""
+    positions = min(read_config(checkpoint).max_positions for checkpoint in args.checkpoints)
+    args.max_new_tokens = flags.new_tokens(args.max_new_tokens, MAX_NEW_TOKENS, positions)
 
 
 def parse_args():
@@ -306,7 +313,8 @@ def parse_args():
         help="modes that are forced: </think> is not allowed among the first K tokens")
     add("--positions", type=flags.at_least(1), default=200,
         help="held-out positions for each split")
-    add("--template", default="v0", help="prompt of data/prompt.py: v0 to v6, or short")
+    add("--template", default="v0",
+        help=f"how it is asked (data/prompt.py): {', '.join(TEMPLATES)}")
     add("--max-prompt-tokens", type=flags.at_least(1), default=4096,
         help="longer contexts lose their beginning")
     add("--beside", metavar="FILE",
@@ -320,6 +328,7 @@ def parse_args():
 if __name__ == "__main__":
     sys.excepthook = flags.speak_once
     args = parse_args()
+    fill_in_length(args)
     corpus = load_corpus(args.corpus)
     scores = find_scores(corpus, args.proxy)
     positions, splits = choose_positions(corpus, scores, args.positions, args.seed)

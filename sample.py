@@ -37,6 +37,7 @@ from plumbing.batch import cut, flatten
 PREFILL_TOKENS = 8192   # in one forward pass over prompts; bounds its memory
 REFILL_SHARE = 1 / 16   # of the rows have to be idle before a refill, so that prefills are large
 BUSY_SHARE = 0.75       # once nothing waits and fewer rows than this are busy, drop the idle ones
+MAX_NEW_TOKENS = 256    # of the command line, unless it says otherwise
 # How many tokens to decode before checking for finished rows; each check synchronises the GPU.
 CHUNK = dict(cpu=1, cuda=16)
 
@@ -441,7 +442,7 @@ def parse_args():
     add("--think", action="store_true", help="ask for a thought and a \\boxed{prediction}")
     add("--template", default="v0", help="how --think asks: a name in data/prompt.py")
     add("--n", type=int, default=1, help="rollouts; a single one is written as it comes")
-    add("--max-new-tokens", type=int, default=256, help="length of a rollout")
+    flags.add_length_flag(add, MAX_NEW_TOKENS)
     flags.add_sampling_flags(add)
     add("--json", action="store_true", help="one JSON object for each rollout")
     add("--seed", type=int, default=0, help="same seed, same rollouts")
@@ -474,6 +475,8 @@ if __name__ == "__main__":
     truncate = truncation(args.top_k, args.top_p, args.min_p)
     tokenizer = Tokenizer.load(args.model)
     model = GPT.from_pretrained(args.model, flags.compute_dtype(args.device), args.device)
+    args.max_new_tokens = flags.new_tokens(args.max_new_tokens, MAX_NEW_TOKENS,
+                                           model.config.max_positions)
     prompt = tokenizer.encode(read_prompt(args))
     if args.think:
         longest = model.config.max_positions - args.max_new_tokens

@@ -39,6 +39,7 @@ from plumbing.optimizer import clip_gradients, make_optimizer
 from sample import generate
 
 BETAS = 0.9, 0.999      # of AdamW, the paper's Table 5; weight decay: plumbing/optimizer.py
+MAX_NEW_TOKENS = 8192   # of a rollout, the paper's Table 5
 MAX_DRAWS = 4           # dynamic sampling draws at most this many batches of positions a step
 
 
@@ -187,14 +188,14 @@ def parse_args(words=None):
     add("--entropy-threshold", type=at_least(0, float), default=1.0,
         help="train on positions above this entropy, nats")
     add("--template", default="v0",
-        help="text: v0 to v6 or short (data/prompt.py); answers: chat or short")
+        help="text: a name in data/prompt.py, such as short; answers: chat or short")
     # sampling
     add("--steps", type=at_least(1), default=1000, help="training steps, a batch each")
     add("--batch-size", type=at_least(1), default=256, help="positions in a batch, over all ranks")
     add("--rollouts", type=at_least(2), default=8, metavar="G", help="thoughts about each position")
     add("--max-prompt-tokens", type=at_least(1), default=4096,
         help="longer contexts lose their beginning")
-    add("--max-new-tokens", type=at_least(1), default=8192, help="tokens of a rollout")
+    flags.add_length_flag(add, MAX_NEW_TOKENS)
     add("--temperature", type=at_least(1e-3, float), default=0.8, help="of sampling and the loss")
     add("--dynamic-sampling-from", type=int, default=500, metavar="STEP",
         help="from this step on replace groups whose rewards are all equal; -1: never")
@@ -235,7 +236,10 @@ if __name__ == "__main__":
     source = run.checkpoint or args.init
     tokenizer = Tokenizer.load(source)
     Objective = objectives.load(args.objective)
-    objective = Objective(args, tokenizer, read_config(source))
+    config = read_config(source)
+    args.max_new_tokens = flags.new_tokens(args.max_new_tokens, MAX_NEW_TOKENS,
+                                           config.max_positions)
+    objective = Objective(args, tokenizer, config)
     check_prompts_fit(objective.longest_prompt(), args)
     shard = partial(parallel.shard, reshard=args.reshard, ranks_per_copy=args.ranks_per_copy)
     model = GPT.from_pretrained(source, device=device, shard=shard,

@@ -33,7 +33,7 @@ from kernels import logprob
 from model import read_config
 from plumbing import flags
 from sample import PREFILL_TOKENS, cache_size
-from train_rpt import check_prompts_fit
+from train_rpt import MAX_NEW_TOKENS, check_prompts_fit
 
 RESERVE = 0.06, 1e9  # share of the memory, and bytes
 LARGE = replace(QWEN["1.5B"], vocab_size=152_064, tied_head=False)
@@ -75,12 +75,13 @@ def groups_of_a_rank(args):
 
 def lengths(config, args):
     """-> tokens of the longest prompt and of the longest rollout, which a micro-batch must hold."""
-    prompt = min(args.max_prompt_tokens, config.max_positions - args.max_new_tokens)
+    rollout = flags.new_tokens(args.max_new_tokens, MAX_NEW_TOKENS, config.max_positions)
+    prompt = min(args.max_prompt_tokens, config.max_positions - rollout)
     if prompt < 1:
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt: the "
+        raise ValueError(f"--max-new-tokens {rollout} leaves no room for a prompt: the "
                          f"model has {config.max_positions} positions")
-    check_prompts_fit(prompt, args)
-    return prompt, args.max_new_tokens
+    check_prompts_fit(prompt, Namespace(**vars(args) | dict(max_new_tokens=rollout)))
+    return prompt, rollout
 
 
 # ---- update ----
@@ -319,7 +320,7 @@ def parse_args(words=None):
     add("--batch-size", type=at_least(1), default=256, help="positions in a batch, over all ranks")
     add("--rollouts", type=at_least(2), default=8, metavar="G", help="thoughts about each position")
     add("--max-prompt-tokens", type=at_least(1), default=4096, help="of the longest prompt")
-    add("--max-new-tokens", type=at_least(1), default=8192, help="tokens of a rollout")
+    flags.add_length_flag(add, MAX_NEW_TOKENS)
     flags.add_cache_flags(add)
     flags.add_update_flags(add)
     args = parser.parse_args(words)

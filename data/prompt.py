@@ -30,7 +30,7 @@ TEMPLATES = {
     "v6": ("Below is the beginning of a text. Which token comes next?\n```\n",
            "\n```\nList several tokens that could follow, weigh them step by step, and put the "
            r"most probable one in \boxed{}." + SPACE + " Predict the next token now."),
-    "short": ("", ""),
+    "short": ("", "<think>"),
 }
 QUESTION_TEMPLATES = ("chat", "short")
 SOLVE = "\n\nReason step by step and put the final answer in \\boxed{}."
@@ -50,14 +50,15 @@ def template_ids(tokenizer, template):
     """Name of a template -> ids before the context, ids after it; the latter open the thought."""
     if template not in TEMPLATES:
         raise ValueError(f"unknown template {template!r}; there are {', '.join(TEMPLATES)}")
-    return encode_turns(tokenizer, *TEMPLATES[template], template)
+    return encode_turns(tokenizer, *TEMPLATES[template])
 
 
-def encode_turns(tokenizer, before, after, template):
-    """Texts around a context -> their ids, in chat turns (unless "short"), with an open thought."""
-    if template == "short":
-        after += "<think>"
-    else:
+def encode_turns(tokenizer, before, after):
+    """Texts around a context -> their ids, in chat turns and with an open thought.
+
+    A template that opens the thought itself is taken as it stands, without turns.
+    """
+    if "<think>" not in after:
         formats = [turns for token, turns in CHAT.items() if token in tokenizer.special]
         user, assistant = formats[0] if formats else ("", "\n\n")
         before = user + before
@@ -78,7 +79,7 @@ def build_prompt(context, before, after, longest):
 
 def question_prompt(tokenizer, text, template="chat"):
     """A question in words -> prompt ids that end with an open thought; template: chat or short."""
-    before, after = encode_turns(tokenizer, "", "", template)
+    before, after = encode_turns(tokenizer, "", "<think>" if template == "short" else "")
     return before + tokenizer.encode(text) + after
 
 

@@ -27,7 +27,8 @@ if __name__ == "__main__":  # imports start at the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from data.corpus import load_corpus
 from data.positions import find_scores, load_positions
-from data.prompt import build_prompt, check_question_template, solve_prompt, template_ids
+from data.prompt import (TEMPLATES, build_prompt, check_question_template, solve_prompt,
+                         template_ids)
 from data.questions import read_solutions
 from data.tokenizer import Tokenizer
 from model import GPT, read_config
@@ -128,7 +129,8 @@ def parse_args():
     add("--count", type=flags.at_least(1), default=2000,
         help="positions or questions; those whose truth cannot be boxed get no string")
     add("--template", default="v0",
-        help="prompt of data/prompt.py: v0 to v6, or short; --solutions: chat or short")
+        help=f"how it is asked (data/prompt.py): {', '.join(TEMPLATES)}; --solutions: chat or "
+             "short")
     add("--entropy-threshold", type=flags.at_least(0, float), default=0.5,
         help="only positions above this entropy, nats")
     add("--max-prompt-tokens", type=flags.at_least(1), default=512,

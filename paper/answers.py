@@ -19,8 +19,8 @@ if __name__ == "__main__":  # the repository, not paper/, is where imports start
 from data.answers import answers_equal
 from data.prompt import QUESTION_TEMPLATES, SOLVE, question_prompt
 from data.questions import read_questions
-from eval import (add_thought_flags, check_sampling, count_any, load_model, sample_rollouts,
-                  thought_result)
+from eval import (add_thought_flags, check_sampling, count_any, fill_in_length, load_model,
+                  sample_rollouts, thought_result)
 from objectives.rpt import predictions
 from plumbing import flags
 from plumbing.checkpoint import write
@@ -84,6 +84,7 @@ def evaluate(checkpoint, questions, args):
 
 def evaluate_all(evaluate, questions, args):
     """Ask all checkpoints --limit of the questions, print the table, write --out."""
+    fill_in_length(args)
     questions = choose_questions(questions, args.limit, args.seed)
     results = []
     for checkpoint in args.checkpoints:

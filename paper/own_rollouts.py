@@ -13,7 +13,7 @@ import numpy as np
 
 if __name__ == "__main__":  # the repository, not paper/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from data.prompt import stop_ids
+from data.prompt import TEMPLATES, stop_ids
 from data.tokenizer import Tokenizer
 from model import GPT
 from objectives import Group, rpt
@@ -54,7 +54,8 @@ def parse_args():
     add("--out", required=True, help="JSONL file to write")
     add("--count", type=at_least(1), default=2000, help="positions")
     add("--rollouts", type=at_least(1), default=8, metavar="G", help="thoughts about each position")
-    add("--template", default="v0", help="prompt of data/prompt.py: v0 to v6, or short")
+    add("--template", default="v0",
+        help=f"how it is asked (data/prompt.py): {', '.join(TEMPLATES)}")
     add("--entropy-threshold", type=at_least(0, float), default=0.5,
         help="only positions above this entropy, nats")
     add("--max-prompt-tokens", type=at_least(1), default=512,

@@ -82,6 +82,18 @@ def add_cache_flags(add):
         help="memory for keys and values, 10^9 bytes; default: half of what is there")
 
 
+def add_length_flag(add, usual):
+    """--max-new-tokens, which `new_tokens` fills in where it is not given."""
+    add("--max-new-tokens", type=at_least(1), metavar="N",
+        help=f"tokens of a rollout; default: {usual}, or half of the model's positions if that is "
+             "less")
+
+
+def new_tokens(asked, usual, positions):
+    """How many tokens a rollout may have: as asked, or as usual where the model has the room."""
+    return asked or min(usual, positions // 2)
+
+
 def add_run_flags(add, save_every):
     """Flags of both trainers about the run itself."""
     add("--save-every", type=at_least(1), default=save_every, help="steps between checkpoints")

@@ -15,7 +15,7 @@ from model import GPT
 from tiny import ENVIRONMENT, ROOT, base, corpus, run_here
 
 HELP = {  # what a reader looks for: the unit, and what happens without the flag
-    "train_rpt.py": ["above this entropy, nats (default: 1.0)", "tokens of a rollout (default: 8192)",
+    "train_rpt.py": ["above this entropy, nats (default: 1.0)", "tokens of a rollout; default: 8192, or half of the model's positions",
                      "learning rate of AdamW, constant (default: 1e-06)"],
     "train_ntp.py": ["updates (default: 1000)", "documents in an update (default: "],
     "eval.py": ["held-out positions for each split (default: 200)", "thoughts for each position (default:"],

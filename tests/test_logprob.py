@@ -54,7 +54,7 @@ def test_a_chunk_border_changes_nothing(monkeypatch, rows_per_chunk):
     expected = logprob(hidden, weight, targets, 0.8)
     monkeypatch.setattr(module, "CHUNK_LOGITS", rows_per_chunk * len(weight))
     chunked = logprob(hidden, weight, targets, 0.8)
-    assert_same(chunked, expected, 1e-6)
+    assert_same(chunked, expected, 3e-6)  # of -13: two units in the last place
     assert_same(gradients(*chunked, (hidden, weight)), gradients(*expected, (hidden, weight)), 1e-5)
 
 
