@@ -77,6 +77,9 @@ CONTROL = [
           EVAL + "{run}/control/results.json --mode all --beside {run}/rpt/results.json "
           "--checkpoints {control}",
           "{run}/control/results.json", 15),
+    Stage("Draw all three.",
+          "plot.py {run}/control/results.json --kind table1",
+          "{run}/control/table1.png", 3),
 ]
 # For a shell, which drops the backslash and the end of its line.
 PROMPT = """\"Problem: Mia works out 3+4*7 from left to right and keeps \\
@@ -203,7 +206,8 @@ def ending(args, seconds):
         me += f" --seed {args.seed}"
     lines = [f"\n{seconds:.0f} s. Everything lies in {run}:",
              "    rpt/curves.png       the picture",
-             f"    {'control' if args.control else 'rpt'}/results.json     the table",
+             f"    {'control' if args.control else 'rpt'}/results.json     the table"
+             + (", drawn in control/table1.png" if args.control else ""),
              "    thoughts.jsonl       what base and RPT thought about each position",
              "    rpt/metrics.jsonl    the numbers of every step",
              "    rpt/samples.jsonl    thoughts of every step",

@@ -37,11 +37,13 @@ DASHED = {  # metric: (the share that is drawn over it as a thin dashed line, it
     "len_mean": ("frac_truncated", "dashed: percent cut off (right axis)"),
 }
 SPLITS = ["easy", "medium", "hard"]
-MODES = {"ntp": "NTP", "empty": "empty thought", "reasoning": "reasoning"}  # name in the picture
-NOT_DRAWN = ["majority", "forced", "forced-majority", "greedy", "forced-greedy"]  # eval.DECODINGS
+BEST = "best other decoding"                     # of the modes that have no name of their own
+MODES = {"ntp": "NTP", "empty": "empty thought", "reasoning": "reasoning", "majority": BEST,
+         "forced": BEST, "forced-majority": BEST, "greedy": BEST, "forced-greedy": BEST}
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe-Ito
 GREY = "#777777"  # small print
-FILLS = {"NTP": "white", "empty thought": "#B3D4E8", "reasoning": "#0072B2"}
+FILLS = {"NTP": "white", "empty thought": "#B3D4E8", "reasoning": "#0072B2", BEST: "#56B4E9"}
+HATCHES = {"empty thought": "////", BEST: "...."}
 COLUMN = 3.5      # inches, of a paper
 STYLE = {
     "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
@@ -66,9 +68,8 @@ def read_results(path):
     try:
         lines = json.loads(path.read_bytes())
         for line in lines:
-            modes = [*MODES, *NOT_DRAWN]
-            if not FIELDS <= set(line) or line["split"] not in SPLITS or line["mode"] not in modes:
-                raise ValueError(f"expected {', '.join(sorted(FIELDS))}, one of {', '.join(modes)} "
+            if not FIELDS <= set(line) or line["split"] not in SPLITS or line["mode"] not in MODES:
+                raise ValueError(f"expected {', '.join(sorted(FIELDS))}, one of {', '.join(MODES)} "
                                  f"and one of {', '.join(SPLITS)}, got {line}")
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: not what eval.py lm writes: {error}") from None
@@ -78,18 +79,20 @@ def read_results(path):
 def read_bars(paths):
     """results.json files or folders -> {(checkpoint, mode): {split: (accuracy, low, high)}}.
 
-    Checkpoints are in the order of the files, modes in that of MODES; other modes are not drawn. A
-    later file replaces what an earlier one says, so that a base model with which several runs were
-    compared is drawn once.
+    Checkpoints are in the order of the files, modes in that of MODES. A later file replaces what an
+    earlier one says, so that a base model with which several runs were compared is drawn once.
     """
-    bars = {}
+    lines = {}
     for path in paths:
         for line in read_results(path):
-            if line["mode"] in NOT_DRAWN:
-                continue
-            bar = bars.setdefault((line["checkpoint"], MODES[line["mode"]]), {})
-            bar[line["split"]] = line["accuracy"], line["low"], line["high"]
-    return {bar: bars[bar] for bar in product(checkpoints_of(bars), MODES.values()) if bar in bars}
+            lines[line["checkpoint"], line["mode"], line["split"]] = line
+    bars = {}
+    for (checkpoint, mode, split), line in lines.items():
+        bar = bars.setdefault((checkpoint, MODES[mode]), {})
+        # Of several decodings the one with the highest accuracy on this split.
+        bar[split] = max(bar.get(split, (-1,)), (line["accuracy"], line["low"], line["high"]))
+    names = dict.fromkeys(MODES.values())
+    return {bar: bars[bar] for bar in product(checkpoints_of(bars), names) if bar in bars}
 
 
 def checkpoints_of(bars):
@@ -184,12 +187,13 @@ def draw_curves(runs, out, smooth=9):
             else:
                 draw_metric(ax, metrics, metric, factor, smooth)
             share, share_note = DASHED.get(metric, ("", ""))
-            if any(row.get(share) for row in every_row):
+            if any((row.get(share) or 0) > 0.02 for row in every_row):  # else it cannot be seen
                 draw_shares(ax if factor == 100 else ax.twinx(), metrics, share, smooth)
                 note += "; " + share_note
             add_title(ax, title, note)
-        lines = [Line2D([], [], color=colour, linewidth=2) for colour in COLOURS[:len(runs)]]
-        figure.legend(lines, names, loc="outside upper center", ncols=3, borderaxespad=0)
+        if len(runs) > 1:
+            lines = [Line2D([], [], color=colour, linewidth=2) for colour in COLOURS[:len(runs)]]
+            figure.legend(lines, names, loc="outside upper center", ncols=3, borderaxespad=0)
 
 
 def choose_panels(rows, bars):
@@ -207,6 +211,7 @@ def draw_metric(ax, metrics, metric, factor, smooth):
         ax.plot(steps, values, ".", color=colour, alpha=0.3, markeredgewidth=0, markersize=5,
                 clip_on=False)
         ax.plot(steps, running_mean(values, smooth), color=colour, linewidth=2)
+    ax.locator_params(axis="x", integer=True)
     # The loss of a policy gradient can be negative.
     if ax.dataLim.ymin >= 0:
         ax.set_ylim(bottom=0)
@@ -222,7 +227,7 @@ def draw_shares(ax, metrics, metric, smooth):
 
 
 def draw_bars(ax, bars, runs):
-    """A group of bars for each split; guessing is hollow, an empty thought hatched."""
+    """A group of bars for each split; guessing is hollow, a thought full."""
     checkpoints = checkpoints_of(bars)
     inks, names = choose_inks(checkpoints, runs), short_names(checkpoints)
     width = 0.8 / len(bars)
@@ -232,7 +237,7 @@ def draw_bars(ax, bars, runs):
         accuracy, low, high = np.array(list(splits.values())).T
         ax.bar(middles, accuracy, 0.8 * width, yerr=[accuracy - low, high - accuracy],
                edgecolor=inks[n], facecolor=inks[n] if mode == "reasoning" else "white",
-               hatch="////" if mode == "empty thought" else None, linewidth=1, capsize=2,
+               hatch=HATCHES.get(mode), linewidth=1, capsize=2,
                error_kw={"linewidth": 0.8}, label=f"{names[n]}, {mode}")
     ax.set_xticks(range(len(SPLITS)), SPLITS)
     ax.set_ylim(bottom=0)
@@ -280,6 +285,8 @@ def draw_table1(paths, out):
         panels[0].set_ylim(bottom - 0.4, -0.5)
         panels[0].set_xlim(0, 1.38 * end or 1)
         panels[0].locator_params(axis="x", nbins=3)
+        shown = min(100, panels[0].get_xlim()[1])    # nothing is right in more than 100 %
+        panels[0].set_xticks([tick for tick in panels[0].get_xticks() if 0 <= tick <= shown])
         figure.supxlabel("next-token accuracy, percent, with 95 % intervals", fontsize=7,
                          color=GREY)
 

@@ -156,13 +156,21 @@ def test_bars_carry_their_own_numbers_and_whiskers(tmp_path, figures):
     assert set(whiskers(ax, 1)) == {(18, 23), (28, 33), (38, 43), (48, 53)}
 
 
-def test_other_decodings_are_read_and_not_drawn(tmp_path):
+def test_of_all_other_decodings_the_best_on_each_split_is_drawn(tmp_path):
     import eval as evaluation
     modes = evaluation.MODES["decodings"]
+    assert sorted(plot.MODES) == sorted(modes)
+    lines = [result("base", mode, split, 30 + (7 * i + 3 * (split == "hard") * i) % 11)
+             for i, mode in enumerate(modes) for split in ("easy", "hard")]
     path = tmp_path / "results.json"
-    path.write_text(json.dumps([result("base", mode, "easy", 30) for mode in modes]))
-    assert [mode for _, mode in plot.read_bars([path])] == list(plot.MODES.values())
-    assert sorted([*plot.MODES, *plot.NOT_DRAWN]) == sorted(modes)
+    path.write_text(json.dumps(lines))
+    bars = plot.read_bars([path])
+    assert [mode for _, mode in bars] == ["NTP", "empty thought", "reasoning", plot.BEST]
+    others = [line for line in lines if plot.MODES[line["mode"]] == plot.BEST]
+    assert len({line["accuracy"] for line in others}) > 3
+    for split, (accuracy, low, high) in bars["base", plot.BEST].items():
+        best = max((line for line in others if line["split"] == split), key=lambda line: line["accuracy"])
+        assert (accuracy, low, high) == (best["accuracy"], best["low"], best["high"])
 
 
 def test_the_base_model_of_two_runs_is_drawn_once(tmp_path, figures):
