@@ -163,7 +163,8 @@ def evaluate(checkpoint, corpus, positions, splits, args):
         if mode in VOTES:
             hits = majority_hits(thoughts[sampled])
         for split, i in splits.items():
-            part, documents = dict(split=split), positions[i, 1]
+            documents = positions[i, 1]
+            part = dict(split=split, corpus=args.corpus, template=args.template)
             if mode == "ntp" or mode in VOTES:
                 line = result(checkpoint, mode, part, hits[i], documents, args.seed)
             else:
@@ -243,7 +244,8 @@ def result(checkpoint, mode, part, values, documents, seed):
     """One line of results.json. part: {"split": name} or {"subject": name}."""
     low, high = interval(values, documents, seed)
     return dict(checkpoint=checkpoint, mode=mode, **part, accuracy=percent(values.mean()),
-                low=percent(low), high=percent(high), n=len(values), seed=seed)
+                low=percent(low), high=percent(high), n=len(values), seed=seed,
+                **flags.versions())
 
 
 def thought_result(checkpoint, mode, part, counts, documents, args):

@@ -1,9 +1,7 @@
-"""What the benches share: the limits of a GPU, shapes, the commit, clocks, tables."""
+"""What the benches share: the limits of a GPU, shapes, clocks, tables."""
 import statistics
-import subprocess
 import sys
 import time
-from contextlib import suppress
 from datetime import datetime
 
 import torch
@@ -29,15 +27,6 @@ def limits(device):
     gpu = torch.cuda.get_device_name() if str(device).startswith("cuda") else ""
     known = [limit for name, limit in LIMITS.items() if name in gpu]
     return known[0] if known else LIMITS["H200"]
-
-
-def commit():
-    """The commit of this repository, with -dirty if files have changed since."""
-    with suppress(OSError):  # no git
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=flags.ROOT,
-                             capture_output=True, text=True)
-        return git.stdout.strip() or "unknown"
-    return "unknown"
 
 
 def pairs(groups):
@@ -89,8 +78,9 @@ def run_rows(rows, args):
     if last in chosen and not has_gpu:
         raise ValueError(f"--rows {last} is timed on a GPU, and torch finds none (CUDA)")
     now = f"{datetime.now():%Y-%m-%d %H:%M}"
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, fp32, commit {commit()}, "
-          f"{now}\npython {' '.join(sys.argv)}: medians of {args.repeats}\n")
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, fp32, "
+          f"commit {flags.commit()}, {now}\n"
+          f"python {' '.join(sys.argv)}: medians of {args.repeats}\n")
     print_row("row", "what", "ours", "alternative", "alternative / ours")
     print_row(*["---"] * 5)
     requested = kernels.requested

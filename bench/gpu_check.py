@@ -28,7 +28,7 @@ if __name__ == "__main__":  # the repository, not bench/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import kernels
 import sample
-from bench.common import QWEN, SMOLLM2, commit, limits, random_prompts
+from bench.common import QWEN, SMOLLM2, limits, random_prompts
 from kernels import attention as attention_module, linear as linear_module
 from kernels.attention import make_layout
 from kernels.linear import linear_kernel
@@ -101,7 +101,7 @@ def random_model(config, compute_dtype=BF16, weight_dtype=BF16):
 # ---- what kind of machine is it? ----
 
 def env():
-    say("env", gpu=torch.cuda.get_device_name(), torch=torch.__version__, commit=commit(),
+    say("env", gpu=torch.cuda.get_device_name(), torch=torch.__version__, commit=flags.commit(),
         triton=kernels.triton.__version__, cuda=torch.version.cuda, python=sys.version.split()[0])
     size = 64 if is_tiny else 2**30
     source, target = (torch.zeros(size, dtype=torch.uint8, device="cuda") for _ in range(2))

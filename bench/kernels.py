@@ -41,7 +41,7 @@ from torch.utils.checkpoint import checkpoint
 if __name__ == "__main__":  # the repository, not bench/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import kernels
-from bench.common import commit, limits, pairs
+from bench.common import limits, pairs
 from kernels.attention import attention, is_real, make_layout
 from kernels.decode import Rows, decode, decode_reference
 from kernels.logprob import logprob, sample
@@ -416,7 +416,7 @@ def run(args, device, dtype):
     start = time.monotonic()
     limit = limits(device.type)
     header = (f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton "
-              f"{kernels.triton.__version__}, CUDA {torch.version.cuda}, commit {commit()}, "
+              f"{kernels.triton.__version__}, CUDA {torch.version.cuda}, commit {flags.commit()}, "
               f"{time.strftime('%Y-%m-%d %H:%M')}\npython {' '.join(sys.argv)}, shares of "
               f"{limit[0] / 1e12:.0f} TFLOP/s in bf16 and {limit[1] / 1e12:.1f} TB/s")
     print(header)

@@ -100,7 +100,7 @@ def print_subjects(results):
     """One row for each subject, mode and checkpoint; checkpoints stand below each other."""
     widths = [max(len(line[key]) for line in results) for key in ("subject", "mode", "checkpoint")]
     row = "  ".join(f"{{:{width}}}" for width in widths) + "  {:>20}  {:>6}"
-    print("\n" + row.format("", "", "accuracy, %", "", "n"))
+    print("\n" + row.format("", "", "", "accuracy, %", "n"))
     for line in sorted(results, key=lambda r: (r["subject"] != "all", r["subject"], r["mode"])):
         accuracy = f"{line['accuracy']:.1f} [{line['low']:.1f}, {line['high']:.1f}]"
         print(row.format(line["subject"], line["mode"], line["checkpoint"], accuracy, line["n"]))

@@ -18,8 +18,9 @@ import os
 import shutil
 import signal
 import warnings
+from datetime import datetime
 
-from plumbing import parallel
+from plumbing import flags, parallel
 
 
 class Run:
@@ -103,7 +104,8 @@ def open_folder(args, checkpoint):
         about = f"; changed: {', '.join(changed)}" if changed else ""
         print(f"resuming from {checkpoint}{about}", flush=True)
     os.makedirs(run, exist_ok=True)
-    write(f"{run}/args.json", json.dumps(vars(args), indent=2))
+    made = flags.versions() | dict(begun=f"{datetime.now():%Y-%m-%d %H:%M}")
+    write(f"{run}/args.json", json.dumps(vars(args) | made, indent=2))
     last_step = int(checkpoint.rpartition("_")[2]) if checkpoint else 0
     for name in ("metrics.jsonl", "samples.jsonl"):
         cut_log(f"{run}/{name}", last_step)

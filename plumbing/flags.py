@@ -4,9 +4,11 @@ import errno
 import math
 import os
 import signal
+import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import lru_cache
 from traceback import format_exception
 
 import torch
@@ -105,6 +107,21 @@ def add_run_flags(add, save_every):
 def add_device_flag(add):
     default = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=default, choices=["cpu", "cuda"], help="where to compute")
+
+
+@lru_cache
+def commit():
+    """The commit of this repository, with -dirty if files have changed since."""
+    with suppress(OSError):  # no git
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
+                             capture_output=True, text=True)
+        return git.stdout.strip() or "unknown"
+    return "unknown"
+
+
+def versions():
+    """What a figure was made with."""
+    return dict(commit=commit(), torch=torch.__version__)
 
 
 def compute_dtype(device):

@@ -203,8 +203,9 @@ def in_words(tokenizer, group, i):
     truth = question.truth
     if not isinstance(truth, str):
         truth = text_of(b"".join(truth[:4]))
+    context = text_of(tokenizer.decode_bytes(question.context[-CONTEXT_TOKENS:]))
     return dict(
-        context=text_of(tokenizer.decode_bytes(question.context[-CONTEXT_TOKENS:])),
+        context="..." * (len(question.context) > CONTEXT_TOKENS) + context,
         truth=truth,
         response=text_of(tokenizer.decode_bytes(group.rollouts[i].tokens)),
         extracted=None if prediction is None else text_of(prediction),

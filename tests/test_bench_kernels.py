@@ -16,6 +16,7 @@ import torch
 
 pytest.importorskip("triton")
 from bench import common, kernels as bench
+from plumbing import flags
 from conftest import DEVICE
 from kernels import attention as attention_module
 from kernels.attention import make_layout
@@ -232,7 +233,7 @@ def run(rows, minutes, path):
 
 def test_a_whole_run_prints_header_tables_and_json_even_without_git(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    monkeypatch.setattr(common.subprocess, "run", no_git)
+    monkeypatch.setattr(flags.subprocess, "run", no_git)
     for number in "45":
         title, function, _ = bench.ROWS[number]
         monkeypatch.setitem(bench.ROWS, number, (title, function, [TINY[number], (9, 9)]))

@@ -76,12 +76,13 @@ def test_pass_at_k_counts_positions_accuracy_rollouts_and_hits_of_several_tokens
         groups.append(Group(Question([], truth, [], 0), rollouts, boxes, right))
     monkeypatch.setattr(evaluation, "think", lambda *_: groups)
     args = SimpleNamespace(device="cpu", mode="reasoning", seed=0, samples=4, temperature=1.0,
-                           dump=None)
+                           dump=None, corpus="C", template="short")
     positions = np.array([[9, 0, 20], [12, 0, 20], [30, 20, 40]])
     line, = evaluation.evaluate(base, corpus, positions, {"easy": [0, 1, 2]}, args)
     assert (line["accuracy"], line["pass_at_k"], line["format_rate"]) == (33.33, 66.67, 75.0)
     assert (line["one_token"], line["multi_token"]) == (16.67, 16.67)  # 2 of 12 rollouts each
     assert (line["len_mean"], line["samples"], line["n"]) == (6.0, 4, 3)
+    assert (line["corpus"], line["template"]) == ("C", "short") and line["torch"] == torch.__version__
 
 
 def sampling_args(**changes):

@@ -51,7 +51,7 @@ def test_answers_from_file_to_file(base, tmp_path):
     assert (code, err) == (0, "") and f"{base}: 5 questions" in text
     [line] = json.loads((tmp_path / "answers.json").read_text())
     assert list(line) == ["checkpoint", "mode", "subject", "accuracy", "low", "high", "n", "seed",
-                          "pass_at_k", "format_rate", "samples", "temperature", "len_mean"]
+                          "commit", "torch", "pass_at_k", "format_rate", "samples", "temperature", "len_mean"]
     assert 0 <= line["low"] <= line["accuracy"] <= line["high"] <= 100 and line["n"] == 5
     # One thought about each question.
     assert len((tmp_path / "dump.jsonl").read_text().splitlines()) == 5
