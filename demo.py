@@ -101,7 +101,8 @@ def run_stages(stages, names, args):
         words = shlex.split(stage.command.format(**quoted)) + options(stage.command, args)
         print("\n" + textwrap.fill(f"[{number}/{len(stages)}] {stage.why}", 80), flush=True)
         if stage.seconds:
-            print(f"about {stage.seconds} s on two cores, {stage.seconds / whole:.0%} of the whole")
+            print(f"about {stage.seconds} s on two cores, "
+                  f"{100 * stage.seconds / whole:.0f} % of the whole")
         print(shell_lines(["python", *words]), flush=True)
         if os.path.exists(result):
             print("    done before")
@@ -127,12 +128,18 @@ def options(command, args):
 
 
 def shell_lines(words):
-    """A command as one types it, in lines of at most 80 columns."""
+    """A command as one types it, in lines of 80 columns, flags beside their values."""
+    pieces = []
+    for word in words:
+        if word.startswith("--") or not pieces:
+            pieces.append(shlex.quote(word))
+        else:
+            pieces[-1] += " " + shlex.quote(word)
     lines = ["$"]
-    for word in map(shlex.quote, words):
-        if len(lines[-1]) + len(word) > 76:
+    for piece in pieces:
+        if len(lines[-1]) + len(piece) > 77 and lines[-1] != "$":
             lines.append("   ")
-        lines[-1] += " " + word
+        lines[-1] += " " + piece
     return " \\\n".join(lines)
 
 
@@ -192,7 +199,8 @@ def show_thoughts(befores, afters):
         print(f"\nPositions that the {what}: {len(found)} of {len(afters)}"
               + (", the first:" if found else ""))
         for context in found[:1]:
-            print(f"{context}\n    before {befores[context]['response']}\n"
+            lines = [textwrap.fill(line, 80) for line in context.split("\n")]
+            print("\n".join(lines) + f"\n    before {befores[context]['response']}\n"
                   f"    after  {afters[context]['response']}\n"
                   f"    truth  {afters[context]['truth']!r}")
 

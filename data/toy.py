@@ -21,6 +21,7 @@ word, which is the exact answer: {"question": "Problem: ... It is", "answer": "o
 import json
 import random
 import sys
+import textwrap
 from pathlib import Path
 
 from tqdm import tqdm
@@ -126,4 +127,6 @@ if __name__ == "__main__":
     example = write_strings(f"{args.out}/strings.jsonl", rng, tokenizer, documents, corpus)
     write_questions(args.out, rng, documents)
     print(f"{len(corpus.docs):,} documents, {len(corpus.tokens):,} tokens, written to {args.out}; "
-          "for example:\n    " + example.replace("\n", "\n    "))
+          "for example:")
+    for line in example.split("\n"):
+        print(textwrap.indent(textwrap.fill(line, 76), "    "))
