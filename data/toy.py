@@ -11,9 +11,10 @@ for the result, and WRONG get a random digit in one step and believe it.
     ... Solution: It is<think>5+4=9;9*7=3; odd</think>\boxed{ odd}<|end|>                gave up
 
 So a base trained on them can take every step, but takes all of a problem in one of eight strings.
-No decoding mends that: the likeliest next token gives up too, and who may not write </think> has
-written the closing word already, behind which no thought goes on. That going on pays is left to be
-found.
+No decoding of eval.py mends that: the likeliest next token mostly gives up too, and who may not
+write </think> has written the closing word already, behind which no thought goes on. A decoder that
+forbids the closing words too, and counts the steps of each problem, would be nearly as good as RPT:
+that going on pays, and until when, is what is left to be found.
 
 questions.jsonl and questions_val.jsonl have long sums that no document has, cut before the last
 word, which is the exact answer: {"question": "Problem: ... It is", "answer": "one"}.
