@@ -23,7 +23,7 @@ if __name__ == "__main__":  # nothing is there to be saved while torch is import
 from plumbing import flags
 from plumbing.checkpoint import latest_checkpoint
 
-BASE_STEPS, RPT_STEPS = 1600, 250
+BASE_STEPS, RPT_STEPS = 2400, 250
 EVAL = ("eval.py lm --corpus {run}/corpus --template short --max-new-tokens 64 --positions 500 "
         "--samples 8 --seed {seed} --dump {run}/thoughts.jsonl --out ")
 NTP = "train_ntp.py --corpus {run}/corpus --problem-weight 0.3 --seed {seed} --resume "
@@ -44,7 +44,7 @@ STAGES = [
           "before the last step, some are skipped, some are wrong.",
           NTP + "--out-dir {run}/base --strings {run}/corpus/strings.jsonl --steps {base_steps} "
           "--documents-per-step 6 --strings-per-step 24 --lr 2e-3 --save-every 500",
-          "{base}/config.json", 110),
+          "{base}/config.json", 165),
     Stage("Find the tokens that are hard to guess: the entropy of the base model's prediction at "
           "every position.",
           "data/filter.py --corpus {run}/corpus --proxy {base} --documents 1800",

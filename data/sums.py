@@ -1,13 +1,13 @@
 r"""The text of the embedded corpus, in which some tokens can be worked out but hardly guessed.
 
-    Problem: Mia works out 5+4*7*3+2 from left to right and keeps the last digit. Is it even or odd?
-    Solution: It is odd.
+    Problem: Mia works out 5+4*7*3+2 from left to right and keeps the last digit. Which digit is it?
+    Solution: It is one.
 
-To know " odd" one has to go from digit to digit (5, 9, 3, 9, 1), and a small transformer has too
+To know " one" one has to go from digit to digit (5, 9, 3, 9, 1), and a small transformer has too
 few layers to take all the steps at once. How hard the answer is to guess depends on the question:
-even or odd (0.7 nats), zero, low, middle or high (1.3), or which digit (2.3). All other tokens of a
-solution are easy. Only this file and data/toy.py know the steps: reward and RPT see nothing but the
-text.
+small or large (0.7 nats), zero, low, middle or high (1.3), or which digit (2.3). All other tokens
+of a solution are easy. (No question is about the parity, because counting the +1 would do for it.)
+Only this file and data/toy.py know the steps: reward and RPT see nothing but the text.
 """
 import random
 from typing import NamedTuple
@@ -19,7 +19,7 @@ STEPS = (2, 5)                               # fewest and most operations
 
 # How a problem ends, and the answer for each last digit.
 ANSWERS = {
-    "Is it even or odd?": 5 * ["even", "odd"],
+    "Is it small or large?": 5 * ["small"] + 5 * ["large"],
     "Is it zero, low, middle or high?": ["zero"] + 3 * ["low"] + 3 * ["middle"] + 3 * ["high"],
     "Which digit is it?": "zero one two three four five six seven eight nine".split()}
 

@@ -7,8 +7,8 @@ training document, because a pre-trained model has seen reasoning of mixed quali
 do not think, at each step but the last STOPPED of the thoughts give up and take the digit they have
 for the result, and WRONG get a random digit in one step and believe it.
 
-    ... Solution: It is<think>5+4=9;9*7=3;3*3=9;9+2=1; odd</think>\boxed{ odd}<|end|>    to the end
-    ... Solution: It is<think>5+4=9;9*7=3; odd</think>\boxed{ odd}<|end|>                gave up
+    ... Solution: It is<think>5+4=9;9*7=3;3*3=9;9+2=1; one</think>\boxed{ one}<|end|>    to the end
+    ... Solution: It is<think>5+4=9;9*7=3; three</think>\boxed{ three}<|end|>            gave up
 
 So a base trained on them can take every step, but takes all of a problem in one of eight strings.
 No decoding of eval.py mends that: the likeliest next token mostly gives up too, and who may not

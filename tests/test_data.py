@@ -273,7 +273,7 @@ def left_to_right(expression):
 
 WORDS = "zero one two three four five six seven eight nine".split()
 ASKED = {  # the question, and its right answer
-    "even or odd": lambda digit: "odd" if digit % 2 else "even",
+    "small or large": lambda digit: "large" if digit > 4 else "small",
     "zero, low, middle or high": lambda digit: ("zero low low low middle middle middle "
                                                 "high high high").split()[digit],
     "Which digit": lambda digit: WORDS[digit]}

@@ -172,7 +172,7 @@ def test_the_chain_from_corpus_to_picture_and_control(tmp_path):
     """The demo with a base of 100 steps, one step of RPT and few positions; the second time all stages are done."""
     pytest.importorskip("matplotlib")
     text = (ROOT / "demo.py").read_text(encoding="utf-8")
-    for usual, shorter in (("1600, 250", "100, 1"), ("--documents 1800", "--documents 60"),
+    for usual, shorter in (("2400, 250", "100, 1"), ("--documents 1800", "--documents 60"),
                            ("--positions 500", "--positions 20")):
         assert usual in text
         text = text.replace(usual, shorter)

@@ -40,7 +40,7 @@ def test_next_token_hits_are_those_of_one_context_at_a_time(corpus, base, room):
 def test_reasoning_accuracy_is_that_of_the_dumped_responses(corpus, base, tmp_path):
     code, out, err = run_here("eval.py", "lm", "--corpus", corpus.folder, "--checkpoints", base,
                               "--seed", 3, "--positions", 30, "--template", "short",
-                              "--max-new-tokens", 12, "--temperature", 1.0,
+                              "--max-new-tokens", 12, "--temperature", 0.3,
                               "--out", tmp_path / "results.json", "--dump", tmp_path / "dump.jsonl")
     assert (code, err) == (0, "")
     results = json.loads((tmp_path / "results.json").read_text())
