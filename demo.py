@@ -24,6 +24,7 @@ from plumbing import flags
 from plumbing.checkpoint import latest_checkpoint
 
 BASE_STEPS, RPT_STEPS = 2400, 250
+THREADS = 4         # at most, for so small a model
 EVAL = ("eval.py lm --corpus {run}/corpus --template short --max-new-tokens 64 --positions 500 "
         "--samples 8 --seed {seed} --dump {run}/thoughts.jsonl --out ")
 NTP = "train_ntp.py --corpus {run}/corpus --problem-weight 0.3 --seed {seed} --resume "
@@ -155,9 +156,17 @@ def pass_on_signals(process):
             process.terminate()
         stopped.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, handle)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), handle)
     return stopped
+
+
+def free_cores():
+    """How many cores nothing else has kept busy for the last minute: 1 to THREADS."""
+    cores = os.cpu_count() or 1
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
+    return max(1, min(THREADS, round(cores - busy)))
 
 
 # ---- what it shows at the end ----
@@ -261,6 +270,10 @@ if __name__ == "__main__":
     os.chdir(flags.ROOT)
     if args.kernels:
         os.environ["NANORPT_KERNELS"] = args.kernels
+    # Threads wait for each other, so one that has to share its core holds up the others.
+    os.environ.setdefault("OMP_NUM_THREADS", str(free_cores()))
+    print(f"{os.environ['OMP_NUM_THREADS']} of {os.cpu_count()} cores (OMP_NUM_THREADS=N changes "
+          "that)", flush=True)
     start = time.perf_counter()
     run_stages(STAGES, names, args)
     befores, afters = (read_thoughts(f"{args.out_dir}/thoughts.jsonl", names(args)[name])

@@ -102,6 +102,13 @@ def test_what_is_printed_is_the_command_in_80_columns():
     assert shlex.split(text.removeprefix("$ ").replace("\\\n", "")) == words
 
 
+@pytest.mark.parametrize("cores, load, threads", [(2, 0.1, 2), (2, 0.9, 1), (2, 7.0, 1), (8, 3.2, 4), (64, 0.0, 4), (1, 0, 1)])
+def test_busy_cores_are_left_alone(monkeypatch, cores, load, threads):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0), raising=False)
+    assert demo.free_cores() == threads
+
+
 def test_stages_that_compute_get_the_device():
     args = SimpleNamespace(device="cuda")
     got = [bool(demo.options(stage.command, args)) for stage in demo.STAGES + demo.CONTROL]
