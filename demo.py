@@ -233,7 +233,7 @@ def ending(args, seconds):
              f"        python sample.py --model {shlex.quote(names(args)['rpt'])} --think \\",
              "            --template short --max-new-tokens 64 --n 4 --prompt \\",
              PROMPT,
-             "    edit reward.py or objectives/rpt.py and train again from the same base:",
+             "    edit the reward in objectives/rpt.py, train again from the same base:",
              "        README.md, What to edit"]
     if not args.control:
         lines += ["    spend the same compute on next-token prediction:", f"        {me} --control"]

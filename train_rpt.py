@@ -174,7 +174,8 @@ def check_prompts_fit(longest_prompt, args):
 
 
 def parse_args(words=None):
-    parser = flags.Parser("Reinforcement Pre-Training. Without arguments: the demo.")
+    parser = flags.Parser("Reinforcement Pre-Training. Without arguments: the demo.",
+                          hint="; the demo with flags is python demo.py")
     add, at_least = parser.add_argument, flags.at_least
     # what to train on
     add("--init", required=True, help="checkpoint folder (Hugging Face layout) to start from")

@@ -28,12 +28,14 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises ValueError, so that `speak_once` prints one line."""
 
-    def __init__(self, description):
+    def __init__(self, description, hint=""):
+        """hint: what else may have been meant, for the line of an error."""
         super().__init__(description=description, formatter_class=Help)
+        self.hint = hint
 
     def error(self, message):
         message = message.removeprefix("argument ").replace(": must be", " must be", 1)
-        raise ValueError(f"{message} (--help lists all flags)")
+        raise ValueError(f"{message} (--help lists all flags{self.hint})")
 
 
 def at_least(low, kind=int):
