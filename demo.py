@@ -4,7 +4,7 @@ It is a chain of ordinary commands, printed as they run; each can be repeated, e
 by hand. A finished stage is not run again, so the same command continues after Ctrl-C.
 
     python demo.py --out-dir runs/demo-1 --seed 1              the same with other random numbers
-    python demo.py --out-dir runs/demo-1 --seed 1 --control    and the next-token control
+    python demo.py --out-dir runs/demo-1 --seed 1 --control    and two controls
 """
 import json
 import os
@@ -69,16 +69,22 @@ STAGES = [
           "{run}/rpt/curves.png", 3),
 ]
 CONTROL = [
-    Stage("The control: next-token prediction on the same text, from the same base, for the FLOPs "
+    Stage("A control: next-token prediction on the same text, from the same base, for the FLOPs "
           "that RPT has spent.",
           NTP + "--out-dir {run}/control --init {base} --match-compute {run}/rpt "
           "--documents-per-step 24 --lr 1e-3",
           "{run}/control/done", 60),
-    Stage("Measure the control on the same unseen positions, beside base and RPT.",
+    Stage("Another control: more of what made the base, text and thoughts of mixed quality, for "
+          "as many FLOPs.",
+          NTP + "--out-dir {run}/mixed --init {base} --match-compute {run}/rpt "
+          "--strings {run}/corpus/strings.jsonl --documents-per-step 6 --strings-per-step 24 "
+          "--lr 1e-3",
+          "{run}/mixed/done", 60),
+    Stage("Measure the controls on the same unseen positions, beside base and RPT.",
           EVAL + "{run}/control/results.json --mode all --beside {run}/rpt/results.json "
-          "--checkpoints {control}",
-          "{run}/control/results.json", 15),
-    Stage("Draw all three.",
+          "--checkpoints {control} {mixed}",
+          "{run}/control/results.json", 30),
+    Stage("Draw all of them.",
           "plot.py {run}/control/results.json --kind table1",
           "{run}/control/table1.png", 3),
 ]
@@ -236,7 +242,7 @@ def ending(args, seconds):
              "    edit the reward in objectives/rpt.py, train again from the same base:",
              "        README.md, What to edit"]
     if not args.control:
-        lines += ["    spend the same compute on next-token prediction:", f"        {me} --control"]
+        lines += ["    spend the same compute on supervised training:", f"        {me} --control"]
     lines += ["    a real checkpoint and your own text:", "        docs/own_text.md"]
     return "\n".join(lines)
 
@@ -248,7 +254,8 @@ def names(args):
     run = args.out_dir
     return dict(run=run, seed=args.seed, base_steps=BASE_STEPS, rpt_steps=RPT_STEPS,
                 base=f"{run}/base/step_{BASE_STEPS:06d}", rpt=f"{run}/rpt/step_{RPT_STEPS:06d}",
-                control=latest_checkpoint(f"{run}/control"))
+                control=latest_checkpoint(f"{run}/control"),
+                mixed=latest_checkpoint(f"{run}/mixed"))
 
 
 def parse_args():
@@ -257,7 +264,8 @@ def parse_args():
     add("--out-dir", default="runs/demo", help="folder for everything, below this repository")
     add("--seed", type=flags.at_least(0), default=0,
         help="of everything: corpus, weights, order and sampling")
-    add("--control", action="store_true", help="also train and measure next-token prediction")
+    add("--control", action="store_true",
+        help="also spend RPT's compute on next-token prediction, and on more of the base's lessons")
     add("--device", choices=["cpu", "cuda"],
         help="where to compute; default: the GPU, if there is one")
     add("--kernels", help="torch, fast or bitwise (kernels/__init__.py)")

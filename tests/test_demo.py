@@ -112,7 +112,7 @@ def test_busy_cores_are_left_alone(monkeypatch, cores, load, threads):
 def test_stages_that_compute_get_the_device():
     args = SimpleNamespace(device="cuda")
     got = [bool(demo.options(stage.command, args)) for stage in demo.STAGES + demo.CONTROL]
-    assert got == [False, True, True, True, True, True, False, True, True, False]
+    assert got == [False, True, True, True, True, True, False, True, True, True, False]
     assert demo.options(demo.STAGES[1].command, SimpleNamespace(device=None)) == []
 
 
@@ -187,9 +187,9 @@ def test_the_chain_from_corpus_to_picture_and_control(tmp_path):
     for turn in range(2):
         finished = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
         assert finished.returncode == 0, finished.stdout + finished.stderr
-        assert finished.stdout.count("done before") == 10 * turn
+        assert finished.stdout.count("done before") == 11 * turn
     for name in ("rpt/curves.png", "rpt/results.json", "control/results.json", "control/table1.png"):
         assert (tmp_path / "run" / name).stat().st_size > 100
     results = json.loads((tmp_path / "run" / "control" / "results.json").read_text())
     assert {os.path.relpath(line["checkpoint"], tmp_path / "run").split("/")[0] for line in results} == {
-        "base", "control", "rpt"}
+        "base", "control", "mixed", "rpt"}
