@@ -348,7 +348,7 @@ def test_ctrl_c_leaves_nothing_behind_and_says_how_to_go_on(tmp_path, checkpoint
     # A signal just before the read begins is seen when the read ends, and this one never does.
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    stderr = process.communicate(timeout=30)[1]
+    stderr = process.communicate(timeout=120)[1]
     assert stderr == "interrupted: start the same command again to continue\n"
     assert process.returncode == 130 and os.listdir(tmp_path) == ["a.txt"]
 
