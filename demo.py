@@ -40,16 +40,16 @@ class Stage(NamedTuple):
 STAGES = [
     Stage("Write a corpus: sums to be worked out from left to right, and what they come to.",
           "data/toy.py --out {run}/corpus --seed {seed}",
-          "{run}/corpus/strings.jsonl", 4),
+          "{run}/corpus/strings.jsonl", 5),
     Stage("Train a small base model on that text and on thoughts of mixed quality: most give up "
           "before the last step, some are skipped, some are wrong.",
           NTP + "--out-dir {run}/base --strings {run}/corpus/strings.jsonl --steps {base_steps} "
           "--documents-per-step 6 --strings-per-step 24 --lr 2e-3 --save-every 500",
-          "{base}/config.json", 165),
+          "{base}/config.json", 200),
     Stage("Find the tokens that are hard to guess: the entropy of the base model's prediction at "
           "every position.",
           "data/filter.py --corpus {run}/corpus --proxy {base} --documents 1800",
-          "{run}/corpus/filtered", 10),
+          "{run}/corpus/filtered", 13),
     Stage("Measure the base on text it has not seen: guessing at once (ntp), thinking first "
           "(reasoning), and what any other decoding can get out of it.",
           EVAL + "{run}/before.json --mode decodings --checkpoints {base}",
@@ -59,11 +59,11 @@ STAGES = [
           "train_rpt.py --init {base} --corpus {run}/corpus --out-dir {run}/rpt --template short "
           "--entropy-threshold 0.5 --steps {rpt_steps} --batch-size 32 --rollouts 8 "
           "--max-new-tokens 64 --temperature 1.0 --lr 3e-4 --grad-clip 1.0 --seed {seed} --resume",
-          "{rpt}/config.json", 130),
+          "{rpt}/config.json", 115),
     Stage("Measure RPT on the same unseen positions.",
           EVAL + "{run}/rpt/results.json --mode all --beside {run}/before.json "
           "--checkpoints {rpt}",
-          "{run}/rpt/results.json", 15),
+          "{run}/rpt/results.json", 13),
     Stage("Draw what happened.",
           "plot.py {run}/rpt",
           "{run}/rpt/curves.png", 3),
