@@ -89,7 +89,7 @@ CONTROL = [
           "{run}/control/table1.png", 3),
 ]
 # For a shell, which drops the backslash and the end of its line.
-PROMPT = """\"Problem: Mia works out 3+4*7 from left to right and keeps \\
+PROMPT = """\"Problem: Mia works out 5+4*7*3 from left to right and keeps \\
 the last digit. Which digit is it?
 Solution: It is\""""
 
@@ -235,7 +235,7 @@ def ending(args, seconds):
              "    rpt/metrics.jsonl    the numbers of every step",
              "    rpt/samples.jsonl    thoughts of every step",
              "Next:",
-             "    let it think about another text (3+4 is 7, 7*7 is 49, so: nine):",
+             "    let it think about another text (9, then 63, then 3*3: nine):",
              f"        python sample.py --model {shlex.quote(names(args)['rpt'])} --think \\",
              "            --template short --max-new-tokens 64 --n 4 --prompt \\",
              PROMPT,
