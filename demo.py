@@ -100,6 +100,8 @@ def run_stages(stages, names, args):
     """Run the commands whose result is not there yet. names(args) fills in their braces."""
     stages = [Stage(*stage) for stage in stages]
     whole = sum(stage.seconds for stage in stages)
+    running = []
+    stopped = pass_on_signals(running)
     for number, stage in enumerate(stages, 1):
         known = names(args)
         result = stage.result.format(**known)
@@ -116,10 +118,10 @@ def run_stages(stages, names, args):
             continue
         start = time.perf_counter()
         # In a session of its own, because Ctrl-C on a terminal reaches all processes of one.
-        process = subprocess.Popen([sys.executable, *words], start_new_session=True)
-        stopped = pass_on_signals(process)
-        code = process.wait()
-        if code or stopped:
+        if not stopped:
+            running[:] = [subprocess.Popen([sys.executable, *words], start_new_session=True)]
+            code = running[0].wait()
+        if stopped or code:
             print("the same command continues here" if stopped else f"stage {number} failed",
                   flush=True)
             sys.exit(130 if stopped else code)
@@ -150,16 +152,19 @@ def shell_lines(words):
     return " \\\n".join(lines)
 
 
-def pass_on_signals(process):
-    """-> a list that Ctrl-C, SIGTERM or SIGHUP fills. The command saves what it can and ends; at a
-    second Ctrl-C it ends at once."""
+def pass_on_signals(running):
+    """-> a list that Ctrl-C, SIGTERM or SIGHUP fills; running: a list with the current command.
+
+    The command saves what it can and ends; at a second Ctrl-C it ends at once.
+    """
     stopped = []
 
     def handle(number, frame):
-        if number == signal.SIGINT and stopped:
-            process.kill()
-        else:
-            process.terminate()
+        for process in running:
+            if number == signal.SIGINT and stopped:
+                process.kill()
+            else:
+                process.terminate()
         stopped.append(number)
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -168,11 +173,38 @@ def pass_on_signals(process):
     return stopped
 
 
+# ---- threads ----
+
+def choose_threads(run):
+    """Set OMP_NUM_THREADS, unless it is set: as this run began, or as many as cores are free.
+
+    Threads wait for each other, so one that has to share its core holds up the others. And another
+    number of threads rounds differently, so a run that continues keeps the number in RUN/threads.
+    """
+    path = Path(run, "threads")
+    if "OMP_NUM_THREADS" not in os.environ:
+        threads = path.read_text(encoding="utf-8") if path.exists() else str(free_cores())
+        os.environ["OMP_NUM_THREADS"] = threads
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(os.environ["OMP_NUM_THREADS"], encoding="utf-8")
+
+
 def free_cores():
-    """How many cores nothing else has kept busy for the last minute: 1 to THREADS."""
-    cores = os.cpu_count() or 1
-    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
+    """How many cores nothing else keeps busy during a second: 1 to THREADS."""
+    cores, busy = os.cpu_count() or 1, 0
+    if os.path.exists("/proc/stat"):  # Linux; elsewhere all cores count as free
+        idle, everything = ticks()
+        time.sleep(1)
+        idle_later, everything_later = ticks()
+        busy = cores * (1 - (idle_later - idle) / (everything_later - everything))
     return max(1, min(THREADS, round(cores - busy)))
+
+
+def ticks():
+    """-> idle and all ticks of all cores since the machine was started."""
+    line = Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0]
+    user, nice, system, idle, iowait, *rest = map(int, line.split()[1:9])
+    return idle + iowait, user + nice + system + idle + iowait + sum(rest)
 
 
 # ---- what it shows at the end ----
@@ -278,8 +310,7 @@ if __name__ == "__main__":
     os.chdir(flags.ROOT)
     if args.kernels:
         os.environ["NANORPT_KERNELS"] = args.kernels
-    # Threads wait for each other, so one that has to share its core holds up the others.
-    os.environ.setdefault("OMP_NUM_THREADS", str(free_cores()))
+    choose_threads(args.out_dir)
     print(f"{os.environ['OMP_NUM_THREADS']} of {os.cpu_count()} cores (OMP_NUM_THREADS=N changes "
           "that)", flush=True)
     start = time.perf_counter()

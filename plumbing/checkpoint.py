@@ -132,8 +132,9 @@ def catch_interrupts():
         if number == signal.SIGINT and signal.SIGINT in caught:
             os._exit(130)
         if not caught and parallel.RANK == 0:
-            # Not print, because the signal may come while something else is being printed.
-            os.write(2, b"\nstopping after this step; a second Ctrl-C ends the run at once\n")
+            # Not print, because the signal may come while something else is being printed. The
+            # empty line is for the step's line, which replaces the one above it on a terminal.
+            os.write(2, b"\nstopping after this step; a second Ctrl-C ends the run at once\n\n")
         caught.append(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -5,6 +5,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -61,20 +62,28 @@ def test_after_ctrl_c_the_stage_is_not_done_although_its_command_has_saved_and_e
     assert "the same command continues here" in capfd.readouterr().out
 
 
-def test_sigterm_is_passed_on_to_the_command(tmp_path, capfd):
-    wait = ("import os, signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(0)); "
-            "os.kill(os.getppid(), signal.SIGTERM); time.sleep(60); exit(9)")
+@pytest.mark.parametrize("command", [
+    # The first listens to the SIGTERM that is passed on, the second only to the second Ctrl-C.
+    "signal.signal(signal.SIGTERM, lambda *_: exit(0)); os.kill(os.getppid(), signal.SIGTERM)",
+    "signal.signal(signal.SIGTERM, signal.SIG_IGN); os.kill(os.getppid(), signal.SIGINT); time.sleep(1); "
+    "os.kill(os.getppid(), signal.SIGINT)"])
+def test_a_signal_is_passed_on_and_a_second_ctrl_c_ends_what_does_not_listen(tmp_path, capfd, command):
     with pytest.raises(SystemExit) as end:
-        run(tmp_path, wait)
+        run(tmp_path, f"import os, signal, time; {command}; time.sleep(60); exit(9)", "pass")
     assert end.value.code == 130 and done(tmp_path) == []
 
 
-def test_a_second_ctrl_c_ends_a_command_that_does_not_listen(tmp_path, capfd):
-    deaf = ("import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-            "os.kill(os.getppid(), signal.SIGINT); time.sleep(1); os.kill(os.getppid(), signal.SIGINT); time.sleep(60)")
+def test_ctrl_c_between_two_stages_is_not_lost(tmp_path, monkeypatch):
+    touch = demo.Path.touch
+
+    def touch_and_press(path):
+        touch(path)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(demo.Path, "touch", touch_and_press)
     with pytest.raises(SystemExit) as end:
-        run(tmp_path, deaf)
-    assert end.value.code == 130 and done(tmp_path) == []
+        run(tmp_path, "pass", "pass")
+    assert end.value.code == 130 and done(tmp_path) == ["done1"]
 
 
 def test_ctrl_c_on_a_terminal_reaches_a_command_through_the_demo_alone(tmp_path):
@@ -102,11 +111,38 @@ def test_what_is_printed_is_the_command_in_80_columns():
     assert shlex.split(text.removeprefix("$ ").replace("\\\n", "")) == words
 
 
-@pytest.mark.parametrize("cores, load, threads", [(2, 0.1, 2), (2, 0.9, 1), (2, 7.0, 1), (8, 3.2, 4), (64, 0.0, 4), (1, 0, 1)])
-def test_busy_cores_are_left_alone(monkeypatch, cores, load, threads):
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0), raising=False)
+@pytest.mark.parametrize("cores, busy, threads", [(2, 0.1, 2), (2, 0.9, 1), (2, 2.0, 1), (8, 3.2, 4), (64, 0.0, 4),
+                                                  (1, 0, 1)])
+def test_busy_cores_are_left_alone(monkeypatch, cores, busy, threads):
+    looks = iter([(5000, 9000), (5000 + 100 * (cores - busy), 9000 + 100 * cores)])
+    monkeypatch.setattr(demo, "ticks", lambda: next(looks))
+    monkeypatch.setattr(demo.time, "sleep", lambda _: None)
+    monkeypatch.setattr(demo.os, "cpu_count", lambda: cores)
     assert demo.free_cores() == threads
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="Linux only")
+def test_ticks_pass_at_most_as_fast_as_cores():
+    before, begun = demo.ticks(), time.monotonic()
+    time.sleep(0.5)
+    after, seconds = demo.ticks(), time.monotonic() - begun
+    hertz, cores = os.sysconf("SC_CLK_TCK"), os.cpu_count()
+    assert 0.5 * hertz * cores * seconds < after[1] - before[1] < 1.5 * hertz * cores * seconds
+    assert 0 <= after[0] - before[0] <= after[1] - before[1]
+
+
+def test_a_run_keeps_its_number_of_threads(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "free_cores", lambda: 3)
+    monkeypatch.setattr(demo.os, "environ", {})
+    demo.choose_threads(tmp_path / "run")
+    assert demo.os.environ == {"OMP_NUM_THREADS": "3"}
+    monkeypatch.setattr(demo, "free_cores", lambda: 1)  # another program has started
+    monkeypatch.setattr(demo.os, "environ", {})
+    demo.choose_threads(tmp_path / "run")
+    assert demo.os.environ == {"OMP_NUM_THREADS": "3"}
+    monkeypatch.setattr(demo.os, "environ", {"OMP_NUM_THREADS": "2"})
+    demo.choose_threads(tmp_path / "run")
+    assert demo.os.environ == {"OMP_NUM_THREADS": "2"} and (tmp_path / "run/threads").read_text() == "2"
 
 
 def test_stages_that_compute_get_the_device():
