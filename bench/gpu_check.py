@@ -1,12 +1,13 @@
 """A GPU's first minutes: does everything run on it, is it right, where does the time go?
 
-    python bench/gpu_check.py                       # all steps, about 7 minutes on an H100
+    python bench/gpu_check.py                       # all steps, about 8 minutes on an H100
     python bench/gpu_check.py --steps env,gap,rpt   # some of them
     python bench/gpu_check.py --plan                # what the steps ask, and how long they may take
 
 The most valuable facts come first. A step is a process of its own with a limit, so that one that
-fails or hangs costs the others nothing. Each fact is a line of facts.jsonl in --out-dir, written
-at once, so that a kill loses nothing; the output of all steps is in log.txt.
+fails or hangs costs the others nothing; a result that is not right fails its step. Each fact is a
+line of facts.jsonl in --out-dir, written at once, so that a kill loses nothing; the output of all
+steps is in log.txt.
 
 `rpt` trains the base of the demo, which stages 1 to 3 of `python demo.py` make.
 """
@@ -14,6 +15,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -53,10 +55,15 @@ def say(what, **facts):
     """Print a fact and append it to facts.jsonl, at once."""
     line = json.dumps(dict(what=what, **facts), default=str)
     print(line, flush=True)
-    with open(out_dir / "facts.jsonl", "a") as file:
+    with open(out_dir / "facts.jsonl", "a", encoding="utf-8") as file:
         file.write(line + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def check(holds, what):
+    if not holds:
+        raise AssertionError(what)
 
 
 def time_ms(call, repeats=20, warmup=3):
@@ -140,6 +147,7 @@ def run_pytest(words):
     print(ran.stdout[-6000:])
     failed = [line[:200] for line in ran.stdout.splitlines() if line.startswith("FAILED")]
     say("pytest", tests=words, result=ran.stdout.strip().splitlines()[-1], failed=failed)
+    check(ran.returncode == 0, "tests fail")
 
 
 def gap():
@@ -154,7 +162,7 @@ def gap():
     rng = random.Random(0)
     prompts = [[rng.randrange(150) for _ in range(rng.randint(1, prompt_len))]
                for _ in range(count)]
-    stops = range(0, shape["vocab_size"], 29)
+    stops, wrong = range(0, shape["vocab_size"], 29), []
     for K, family, dtype, backend in cases:
         kernels.set_backend(backend)
         config = GPTConfig(**shape | dict(head_dim=16 if is_tiny else K, family=family,
@@ -181,6 +189,8 @@ def gap():
         say("logp_gap", backend=backend, family=family, K=K, dtype=dtype, tokens=len(sampled),
             largest=drift.max().item(), mean=drift.mean().item(), graph_is_eager=eager,
             two_runs_equal=same)
+        wrong += [] if same and eager and (drift.max() == 0 or backend != "bitwise") else [family]
+    check(not wrong, f"not equal to the bit: {wrong}")
 
 
 def fsdp():
@@ -209,6 +219,7 @@ def fsdp():
     off = [((ours - alone).norm() / alone.norm()).item() for alone, ours in zip(*gradients)]
     say("FSDP2, one rank", largest_relative_difference_of_a_gradient=max(off))
     dist.destroy_process_group()
+    check(max(off) < 0.01, "gradients differ")  # FSDP2 rounds them to bf16
 
 
 def rpt(steps=40):
@@ -217,6 +228,7 @@ def rpt(steps=40):
     if not base:
         raise ValueError("runs/demo/base: no checkpoint; stages 1 to 3 of python demo.py make it")
     run_dir = out_dir / "rpt"
+    shutil.rmtree(run_dir, ignore_errors=True)  # of an earlier check
     words = ("--template short --entropy-threshold 0.5 --batch-size 32 --rollouts 8 "
              "--max-new-tokens 64 --temperature 1.0 --lr 1e-4 --grad-clip 1.0 --save-every 20 "
              f"--init {base} --corpus runs/demo/corpus --out-dir {run_dir}").split()
@@ -228,7 +240,10 @@ def rpt(steps=40):
         metrics = [json.loads(line) for line in lines]
         rewards = [round(step["reward"], 3) for step in metrics]
         say("RPT run", steps=len(metrics), wall_s=round(time.time() - begun, 1), rewards=rewards,
-            largest_gap=max(step["logp_gap"] for step in metrics), last_step=metrics[-1])
+            largest_gap=max(step["logp_gap"] or 0 for step in metrics), last_step=metrics[-1])
+    check(not any(step["logp_gap"] for step in metrics), "logp_gap is not 0")
+    check(len(rewards) == steps + 5, "the run was not resumed where it had ended")
+    check(sum(rewards[-10:]) > sum(rewards[:10]), "the reward has not risen")
 
 
 # ---- where does the time go? ----
@@ -443,7 +458,7 @@ def run_step(name):
 
 def run_steps(names):
     """Each in a process of its own -> exit code: 0 if none failed."""
-    log, rows = open(out_dir / "log.txt", "a"), []
+    log, rows = open(out_dir / "log.txt", "a", encoding="utf-8"), []
     for name in names:
         _, limit = STEPS[name]
         start = time.monotonic()
