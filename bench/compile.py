@@ -51,7 +51,7 @@ def resources(kernel, signature, constants, aligned, options):
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         ptxas = get_ptxas(90).path
-        ptx.write_text(compiled.asm["ptx"])
+        ptx.write_text(compiled.asm["ptx"], encoding="utf-8")
         fusion = [] if options["enable_fp_fusion"] else ["--fmad=false"]
         log = output([ptxas, "-v", "-lineinfo", "--regAllocOptLevel=2", *fusion,
                       "--gpu-name=sm_90a", ptx, "-o", cubin])

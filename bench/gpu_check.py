@@ -236,7 +236,7 @@ def rpt(steps=40):
         begun = time.time()
         subprocess.run([sys.executable, "train_rpt.py", *words, "--steps", str(last), *more],
                        cwd=flags.ROOT, check=True)
-        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+        lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         metrics = [json.loads(line) for line in lines]
         rewards = [round(step["reward"], 3) for step in metrics]
         say("RPT run", steps=len(metrics), wall_s=round(time.time() - begun, 1), rewards=rewards,

@@ -434,7 +434,7 @@ def run(args, device, dtype):
                 records += [dict(row=number) | record for record in measured]
             if args.json:  # after every shape, so that a kill loses only one
                 results = dict(header=header, results=records)
-                Path(args.json).write_text(json.dumps(results, indent=1))
+                Path(args.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
     print(f"\n{(time.monotonic() - start) / 60:.1f} minutes")
 
 

@@ -104,7 +104,8 @@ def measure(model, optimizer, groups, budget):
     norm = update(model, optimizer, groups, budget)["grad_norm"]
     seconds, status, gb = time.perf_counter() - start, Path("/proc/self/status"), math.nan
     if status.exists():
-        gb = int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024 / 1e9
+        held = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))
+        gb = int(held[1]) * 1024 / 1e9
     return seconds, gb, norm
 
 

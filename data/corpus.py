@@ -146,7 +146,7 @@ def split_by_hash(hashes):
 def read_meta(folder):
     """-> meta.json, or None if the folder is no corpus."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         return meta if meta["format"] == FORMAT else None
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None

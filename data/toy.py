@@ -13,7 +13,7 @@ for the result, and WRONG get a random digit in one step and believe it.
 So a base trained on them can take every step, but takes all of a problem in one of eight strings.
 No decoding of eval.py mends that: the likeliest next token mostly gives up too, and who may not
 write </think> has written the closing word already, behind which no thought goes on. A decoder that
-forbids the closing words too, and counts the steps of each problem, would be nearly as good as RPT:
+forbids the closing words too, and counts the steps of each problem, would be as good as RPT:
 that going on pays, and until when, is what is left to be found.
 
 questions.jsonl and questions_val.jsonl have long sums that no document has, cut before the last

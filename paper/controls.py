@@ -192,7 +192,7 @@ def run_seed(run, seed, names):
 # ---- the table ----
 
 def read_json(path):
-    return json.loads(Path(path).read_text())
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def run_of(line):
@@ -204,7 +204,7 @@ def flops(run, name):
     path = Path(run, name, "metrics.jsonl")
     if not path.exists():
         return 0
-    return sum(json.loads(line)["flops"] for line in path.read_text().splitlines())
+    return sum(json.loads(line)["flops"] for line in path.read_text(encoding="utf-8").splitlines())
 
 
 def cell(lines, name, key="accuracy", **same):

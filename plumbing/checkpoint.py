@@ -71,7 +71,7 @@ def checkpoint_to_resume(args):
         raise ValueError(f"{args.out_dir} already holds a run; --resume continues it, "
                          "another --out-dir starts afresh")
     if checkpoint:
-        with open(f"{args.out_dir}/args.json") as file:
+        with open(f"{args.out_dir}/args.json", encoding="utf-8") as file:
             is_rpt = "rollouts" in json.load(file)
         if is_rpt != hasattr(args, "rollouts"):
             raise ValueError(f"{args.out_dir} is a run of the other trainer: take --init "
@@ -83,7 +83,7 @@ def latest_checkpoint(run):
     """Folder of the newest complete checkpoint, or None."""
     if not os.path.exists(f"{run}/latest"):
         return None
-    with open(f"{run}/latest") as file:
+    with open(f"{run}/latest", encoding="utf-8") as file:
         return f"{run}/{file.read().strip()}"
 
 
@@ -97,7 +97,7 @@ def open_folder(args, checkpoint):
     """Make or reopen a run's folder, cut its logs at the checkpoint, print changed arguments."""
     run = args.out_dir
     if checkpoint:
-        with open(f"{run}/args.json") as file:
+        with open(f"{run}/args.json", encoding="utf-8") as file:
             old = json.load(file) | dict(resume=args.resume)
         changed = [f"{name} {old[name]} -> {value}" for name, value in vars(args).items()
                    if name in old and old[name] != value]
@@ -218,7 +218,7 @@ def load_trainer(folder, model, optimizer):
         except checkpoint.CheckpointException as error:
             raise ValueError(f"{folder}/optimizer: damaged or incomplete "
                              f"({first_cause(error)})") from error
-    with open(f"{folder}/trainer.json") as file:
+    with open(f"{folder}/trainer.json", encoding="utf-8") as file:
         return json.load(file)
 
 

@@ -231,9 +231,11 @@ def run(rows, minutes, path):
               torch.float32)
 
 
-def test_a_whole_run_prints_header_tables_and_json_even_without_git(monkeypatch, capsys, tmp_path):
+def test_a_whole_run_prints_header_tables_and_json_even_without_git(monkeypatch, capsys, tmp_path, request):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(flags.subprocess, "run", no_git)
+    flags.commit.cache_clear()
+    request.addfinalizer(flags.commit.cache_clear)
     for number in "45":
         title, function, _ = bench.ROWS[number]
         monkeypatch.setitem(bench.ROWS, number, (title, function, [TINY[number], (9, 9)]))

@@ -104,6 +104,15 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(name, dtype):
         assert torch.equal(operation(*some), out[chosen])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_rotation_has_the_bits_of_torchs_and_back_again_is_the_same(dtype):
+    x, (cos, sin) = random(5, 3, 16, dtype=dtype).requires_grad_(), angles(5, 8)
+    out = rotate(x, cos, sin)
+    assert torch.equal(out, rotate_torch(x, cos, sin))      # single products and sums, rounded once each
+    [back] = torch.autograd.grad(out, x, out.detach())      # the gradient rotates backwards
+    assert error(back, x) < 3 * DTYPES[dtype]
+
+
 @pytest.mark.parametrize("rows", [1, 7, 29])
 def test_programs_that_take_several_rows_several_times_miss_none(monkeypatch, rows):
     monkeypatch.setattr(pointwise, "PROGRAMS", 3)  # of 12 rows at 29

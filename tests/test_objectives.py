@@ -12,8 +12,7 @@ from data.sums import ANSWERS
 from data.tokenizer import Tokenizer
 from model import GPT, read_config
 from objectives import Group, Question
-from objectives.rpt import predictions
-from reward import box_at_once, extract_prediction
+from reward import extract_prediction
 from sample import Rollout
 from test_runs import command, lines
 from tiny import base, corpus, run_here

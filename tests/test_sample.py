@@ -14,7 +14,7 @@ from data.tokenizer import EMBEDDED_PATTERN, EMBEDDED_SPECIAL, Tokenizer
 from model import GPT, GPTConfig
 from kernels.attention import make_layout
 from kernels.logprob import draw, logprob
-from sample import Cache, Schedule, generate, mix
+from sample import Cache, generate, mix
 from plumbing.truncate import truncation
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2], [8, 4], [6, 2, 6, 4, 3, 3, 8], [3, 2, 7]]
