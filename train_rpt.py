@@ -250,8 +250,8 @@ if __name__ == "__main__":
     run.open(model, optimizer)
     log = StepLog(args, model, tokenizer)
     parallel.print0(f"{log.parameters:,} parameters, {len(objective.positions):,} positions, "
-                    f"steps {run.step} to {args.steps}, {args.batch_size} positions x "
-                    f"{args.rollouts} rollouts each")
+                    f"steps {run.step} to {args.steps} of {args.batch_size} x {args.rollouts} "
+                    "rollouts")
 
     for step in range(run.step, args.steps):
         # ROLLOUT and REWARD: think about fresh positions; the text itself tells what was right.

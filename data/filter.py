@@ -100,8 +100,8 @@ if __name__ == "__main__":
     path = score_corpus(load_corpus(args.corpus), args.proxy, args.documents, args.device)
     scores = np.load(path)
     scores = scores[~np.isnan(scores[:, 0])]
-    print(f"{len(scores):,} positions, argmax right at {100 * scores[:, 1].mean():.1f} %, "
-          f"written to {path}")
+    print(f"written to {path}")
+    print(f"{len(scores):,} positions, argmax right at {100 * scores[:, 1].mean():.1f} %")
     for name, threshold in SPLITS.items():
         chosen = scores[scores[:, 0] > threshold]
         share = 100 * len(chosen) / len(scores)
