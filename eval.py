@@ -54,7 +54,8 @@ VOTES = {"majority": "reasoning", "forced-majority": "forced"}  # whose rollouts
 def load_model(checkpoint, device):
     """-> model and tokenizer of a checkpoint folder."""
     tokenizer = Tokenizer.load(checkpoint)
-    return GPT.from_pretrained(checkpoint, flags.compute_dtype(device), device), tokenizer
+    model = GPT.from_pretrained(checkpoint, flags.compute_dtype(device), device)
+    return model.join_weights(), tokenizer
 
 
 # ---- guessing and thinking ----

@@ -19,6 +19,7 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
+import kernels
 from kernels.attention import make_layout
 from kernels.linear import linear
 from kernels.logprob import logprob
@@ -59,9 +60,27 @@ class RMSNorm(nn.Module):
 
 class Linear(nn.Linear):
     """Weights may be fp32 masters while activations are bf16: `linear` casts the weights."""
+    joined = None   # weight and bias of this layer and those behind it that read the same x
 
     def forward(self, x):
         return linear(x, self.weight, self.bias)
+
+
+def products(x, *layers):
+    """What each of these Linear layers makes of x; a single product if they have been joined."""
+    if layers[0].joined is None:
+        return [layer(x) for layer in layers]
+    return linear(x, *layers[0].joined).split([layer.out_features for layer in layers], dim=1)
+
+
+def join(*layers):
+    """Put the weights of these layers in one piece, of which their own become views."""
+    weight, bias = torch.cat([layer.weight for layer in layers]), None
+    if layers[0].bias is not None:
+        bias = torch.cat([layer.bias for layer in layers])
+    layers[0].joined = weight, bias
+    for layer, part in zip(layers, weight.split([layer.out_features for layer in layers])):
+        layer.weight = nn.Parameter(part, requires_grad=False)
 
 
 @lru_cache(maxsize=4)
@@ -92,11 +111,11 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(K, config.norm_eps) if has_norm else nn.Identity()
 
     def forward(self, x, rope, attend):
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))                # (T, H, K)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))                # (T, Hkv, K)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))                # (T, Hkv, K)
-        q = rotate(self.q_norm(q), *rope)
-        k = rotate(self.k_norm(k), *rope)
+        q, k, v = products(x, self.q_proj, self.k_proj, self.v_proj)
+        q = q.unflatten(-1, (-1, self.head_dim))                             # (T, H, K)
+        k = k.unflatten(-1, (-1, self.head_dim))                             # (T, Hkv, K)
+        v = v.unflatten(-1, (-1, self.head_dim))                             # (T, Hkv, K)
+        q, k = rotate(self.q_norm(q), self.k_norm(k), *rope)
         return self.o_proj(attend(q, k, v).flatten(1))
 
 
@@ -108,7 +127,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.ffn_width, config.width, bias=False)
 
     def forward(self, x):
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(*products(x, self.gate_proj, self.up_proj)))
 
 
 class Block(nn.Module):
@@ -156,6 +175,20 @@ class GPT(nn.Module):
     @property
     def device(self):
         return self.embed_tokens.weight.device
+
+    @torch.no_grad()
+    def join_weights(self):
+        """For sampling: one product for q, k and v, one for gate and up. -> self
+
+        A decode step waits for launches as much as for memory. Plain torch keeps its products
+        apart, because other shapes would change their last bits.
+        """
+        if kernels.backend(self.device) != "torch":
+            for block in self.layers:
+                attention, mlp = block.self_attn, block.mlp
+                join(attention.q_proj, attention.k_proj, attention.v_proj)
+                join(mlp.gate_proj, mlp.up_proj)
+        return self
 
     def hidden(self, tokens, positions, attend):
         """tokens (T,), positions (T,) -> hidden states (T, D) after the last norm.

@@ -303,7 +303,6 @@ class Cache:
         self.tokens = torch.zeros(self.B, dtype=torch.long, device=device)
         self.keys = torch.zeros(self.B, dtype=torch.long, device=device)
         self.rows = Rows(self.B, self.S, config.n_heads // Hkv, device)
-        self.index = torch.arange(self.B, device=device)
 
     def prefill(self, model, prompts, slots):
         """Compute packed prompts; keys, values and last hidden states go into these slots."""
@@ -333,16 +332,12 @@ class Cache:
 
     def attend(self, layer, q, k, v):
         """Store k and v (B, Hkv, K) of a new token for each row; q (B, H, K) -> (B, H, K)."""
-        last = self.rows.lengths - 1
-        self.row_k[layer][self.index, :, last] = k
-        self.row_v[layer][self.index, :, last] = v
-        return decode(q, self.prompt_k[layer], self.prompt_v[layer], self.row_k[layer],
+        return decode(q, k, v, self.prompt_k[layer], self.prompt_v[layer], self.row_k[layer],
                       self.row_v[layer], self.rows)
 
     def keep(self, rows):
         """Keep only these rows (a list); `rows.place` has to follow."""
         self.B = len(rows)
-        self.index = self.index[:self.B]
         for caches in (self.row_k, self.row_v):
             for layer, cache in enumerate(caches):
                 caches[layer] = cache[rows]
@@ -475,6 +470,7 @@ if __name__ == "__main__":
     truncate = truncation(args.top_k, args.top_p, args.min_p)
     tokenizer = Tokenizer.load(args.model)
     model = GPT.from_pretrained(args.model, flags.compute_dtype(args.device), args.device)
+    model.join_weights()
     args.max_new_tokens = flags.new_tokens(args.max_new_tokens, MAX_NEW_TOKENS,
                                            model.config.max_positions)
     prompt = tokenizer.encode(read_prompt(args))

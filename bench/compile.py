@@ -138,7 +138,8 @@ def launch_everything(backend):
 
         prompts, own = floats(32, Hkv, 1024, K).detach(), floats(256, Hkv, 1024, K).detach()
         rows = decode.Rows(256, 32, H // Hkv, "meta")
-        decode.decode(floats(256, H, K).detach(), prompts, prompts, own, own, rows)
+        q, new = floats(256, H, K).detach(), floats(256, Hkv, K).detach()
+        decode.decode(q, new, new, prompts, prompts, own, own, rows)
 
         weight = floats(151_936, D)
         logprobs, _ = logprob.logprob(floats(16_384, D), weight, integers(16_384))
@@ -154,9 +155,10 @@ def launch_everything(backend):
                 linear.linear(floats(N, F), floats(D, F))
             linear.linear(floats(256, D), floats(Hkv * K, D))
         cos, sin = torch.empty(2, 256, 1, K // 2, device="meta")
+        q, k = pointwise.rotate(floats(256, H, K), floats(256, Hkv, K), cos, sin)
         for out in (pointwise.rms_norm(floats(256, D), floats(D), 1e-6),
                     pointwise.rms_norm(floats(256, H, K), floats(K), 1e-6),
-                    pointwise.rotate(floats(256, H, K), cos, sin),
+                    q.sum() + k.sum(),
                     pointwise.swiglu(floats(256, F), floats(256, F))):
             out.sum().backward()
 

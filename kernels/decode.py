@@ -8,6 +8,7 @@
     prefix pass    one program per prompt (64 rows x query heads at most) and KV head
                    [ row 0, heads 0-5 ]
                    [ row 2, heads 0-5 ]  x  [ prompt a ......... ]   ->  state (m, l, acc) of both
+                   and program i appends the new key and value of row i to its cache
     suffix pass    one program per row and KV head
                    [ row 2, heads 0-5 ]  x  [ own tokens ....... ]   ->  continues that state: out
 
@@ -53,6 +54,7 @@ class Rows:
         self.longest = (0, 0)
         self.M = 1
         self.place_in_grid = integers(B, device=device)
+        self.index = torch.arange(B, device=device)
 
     def place(self, slots):
         """slots: that of each row's prompt, -1 for an idle row. Call it when rows change hands."""
@@ -88,7 +90,7 @@ def integers(*shape, device):
 
 
 def decode_reference(q, prompt_k, prompt_v, row_k, row_v, rows):
-    """`decode` for tests, slow and plain: each row with a copy of its prompt before its tokens."""
+    """For tests, slow and plain: each row with a copy of its prompt before its (stored) tokens."""
     out = torch.zeros_like(q)
     for row in torch.nonzero(rows.lengths).flatten():
         slot = rows.slot[row]
@@ -102,9 +104,13 @@ def decode_reference(q, prompt_k, prompt_v, row_k, row_v, rows):
 
 # ---- torch ----
 
-def decode_torch(q, prompt_k, prompt_v, row_k, row_v, rows):
+def decode_torch(q, k, v, prompt_k, prompt_v, row_k, row_v, rows):
     """`decode` without copies: scores over prompt and own tokens side by side, one softmax."""
     (B, H, K), Hkv, (P, R) = q.shape, row_k.shape[1], rows.longest
+    # An idle row has length 0 and writes to its last place, which is written again before it is
+    # read.
+    row_k[rows.index, :, rows.lengths - 1] = k
+    row_v[rows.index, :, rows.lengths - 1] = v
     q = q.view(B, Hkv, H // Hkv, K) * K ** -0.5
     over_prompt = times_prompts(q, prompt_k[:, :, :P].transpose(2, 3), rows)
     over_own = q @ row_k[:, :, :R].transpose(2, 3)
@@ -139,12 +145,32 @@ def times_prompts(x, y, rows):
 # ---- kernels ----
 
 @triton.jit
-def prefix_kernel(q_ptr, k_ptr, v_ptr, m_ptr, l_ptr, acc_ptr, order_ptr, work_ptr, prompt_lens_ptr,
-                  slot_stride, head_stride, scale2, H: tl.constexpr, Hkv: tl.constexpr,
-                  K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
-    """Rows of one prompt, all query heads of one KV head: attend to the prompt, store the state."""
-    work_ptr += tl.program_id(0) * 3
-    kv_head = tl.program_id(1)
+def append(new_ptr, new_stride, cache_ptr, row, kv_head, length, row_stride, head_stride,
+           K: tl.constexpr):
+    """The new key or value of a row goes into its cache, behind the others."""
+    channel = tl.arange(0, K)
+    new = tl.load(new_ptr + row * new_stride + kv_head * K + channel)
+    at = row * row_stride + kv_head * head_stride + (length - 1) * K + channel
+    tl.store(cache_ptr + at, new, mask=length > 0)
+
+
+@triton.jit
+def prefix_kernel(q_ptr, k_ptr, v_ptr, new_k_ptr, new_v_ptr, row_k_ptr, row_v_ptr, m_ptr, l_ptr,
+                  acc_ptr, order_ptr, work_ptr, prompt_lens_ptr, lengths_ptr, k_stride, v_stride,
+                  row_stride, own_stride, slot_stride, head_stride, scale2,
+                  H: tl.constexpr, Hkv: tl.constexpr, K: tl.constexpr,
+                  BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+    """Rows of one prompt, all query heads of one KV head: attend to the prompt, store the state.
+
+    There are as many programs as rows and KV heads, so each also appends a key and a value, which
+    the suffix pass will read. A launch of its own would take longer than the copy.
+    """
+    program, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    own = tl.load(lengths_ptr + program)
+    append(new_k_ptr, k_stride, row_k_ptr, program, kv_head, own, row_stride, own_stride, K)
+    append(new_v_ptr, v_stride, row_v_ptr, program, kv_head, own, row_stride, own_stride, K)
+
+    work_ptr += program * 3
     first, count, slot = tl.load(work_ptr), tl.load(work_ptr + 1), tl.load(work_ptr + 2)
     if count > 0:
         HEADS: tl.constexpr = H // Hkv
@@ -196,14 +222,15 @@ def suffix_kernel(q_ptr, k_ptr, v_ptr, m_ptr, l_ptr, acc_ptr, out_ptr, lengths_p
 
 # ---- what the sampler calls ----
 
-def decode(q, prompt_k, prompt_v, row_k, row_v, rows):
-    """One new token for each row: q (B, H, K), caches as above, Rows -> (B, H, K).
+def decode(q, k, v, prompt_k, prompt_v, row_k, row_v, rows):
+    """One new token for each row: q (B, H, K), k and v (B, Hkv, K), caches as above -> (B, H, K).
 
-    Scale 1 / sqrt(K). The row caches already hold the new token. Idle rows get finite numbers.
+    Scale 1 / sqrt(K). rows.lengths counts the new token, whose k and v are appended to the row
+    caches. Idle rows get finite numbers.
     """
     backend = kernels.backend(q.device)
     if backend == "torch":
-        return decode_torch(q, prompt_k, prompt_v, row_k, row_v, rows)
+        return decode_torch(q, k, v, prompt_k, prompt_v, row_k, row_v, rows)
     (B, H, K), Hkv, BN = q.shape, row_k.shape[1], blocks(q)["forward"][1]
     if H // Hkv > PREFIX_TILE:
         raise ValueError(f"decode kernels know at most {PREFIX_TILE} query heads to a key-value "
@@ -215,7 +242,8 @@ def decode(q, prompt_k, prompt_v, row_k, row_v, rows):
     acc = torch.empty(B, H, K, dtype=torch.float32, device=q.device)
     m, l = torch.empty(2, B, H, dtype=torch.float32, device=q.device)
     prefix_kernel[B, Hkv](
-        q, prompt_k, prompt_v, m, l, acc, rows.order, rows.work, rows.prompt_lens,
+        q, prompt_k, prompt_v, k, v, row_k, row_v, m, l, acc, rows.order, rows.work,
+        rows.prompt_lens, rows.lengths, k.stride(0), v.stride(0), row_k.stride(0), row_k.stride(1),
         prompt_k.stride(0), prompt_k.stride(1), scale2(K), H, Hkv, K, PREFIX_TILE, BN, precision,
         **options)
     suffix_kernel[B, Hkv](

@@ -91,29 +91,47 @@ def launch_linear(x, weight, bias):
     return out
 
 
-class BitwiseLinear(torch.autograd.Function):
-    """F.linear with linear_kernel forward and torch's products backward."""
+class Linear(torch.autograd.Function):
+    """F.linear; the bitwise backend runs linear_kernel forward, every backward pass is torch's."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        return launch_linear(x, weight, bias)
+    def forward(ctx, x, weight, bias, backend):
+        cast = weight.to(x.dtype)
+        ctx.save_for_backward(x, cast)
+        ctx.dtype, ctx.has_bias = weight.dtype, bias is not None
+        bias = None if bias is None else bias.to(x.dtype)
+        return launch_linear(x, cast, bias) if backend == "bitwise" else F.linear(x, cast, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        dx = grad @ weight if ctx.needs_input_grad[0] else None
-        dweight = grad.T @ x if ctx.needs_input_grad[1] else None
-        return dx, dweight, grad.sum(dim=0) if ctx.has_bias else None
+        dx = dweight = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = grad @ weight
+        if ctx.needs_input_grad[1]:
+            # An fp32 master gets the sum over all rows as it was accumulated, not rounded to bf16.
+            is_master = ctx.dtype == torch.float32
+            dweight = product(grad.T, x) if is_master else grad.T @ x
+        if ctx.has_bias:
+            dbias = grad.sum(dim=0, dtype=ctx.dtype)
+        return dx, dweight, dbias, None
+
+
+def product(a, b):
+    """a @ b, accumulated and returned in fp32."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 # ---- what the model calls ----
 
 def linear(x, weight, bias=None):
-    """x (N, D), weight (O, D), bias (O,) -> (N, O), computed in x's dtype."""
-    weight = weight.to(x.dtype)
-    bias = None if bias is None else bias.to(x.dtype)
-    if kernels.backend(x.device) != "bitwise":
-        return F.linear(x, weight, bias)
-    return BitwiseLinear.apply(x, weight, bias)
+    """x (N, D), weight (O, D), bias (O,) -> (N, O), computed in x's dtype.
+
+    weight and bias may be fp32 masters beside a bf16 x; their gradients are then fp32 as well.
+    """
+    backend = kernels.backend(x.device)
+    if backend == "torch":
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return Linear.apply(x, weight, bias, backend)

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels import tl, triton
+from kernels.linear import product
 
 CHUNK_LOGITS = 2**26  # torch backend: logits alive at a time, 256 MB in fp32
 
@@ -360,13 +361,6 @@ class LogProb(torch.autograd.Function):
             if needs_hidden:
                 dhidden += product(d, w)
         return dhidden.to(hidden.dtype) if needs_hidden else None, dweight, None, None, None
-
-
-def product(a, b):
-    """a @ b, accumulated and returned in fp32."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
 
 
 # ---- what the trainer and the sampler call ----

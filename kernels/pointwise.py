@@ -6,10 +6,11 @@
     RMSNorm    forward     a program owns a row
                backward    a program owns a run of rows: their dx, and one row of a matrix whose
                            sum over programs is dweight; no atomics, the same bits every time
-    RoPE       a program owns a block of pairs (x[i], x[i + K/2]); the gradient of a rotation is
-               the rotation backwards, so that one kernel does both
+    RoPE       a program owns a block of pairs (x[i], x[i + K/2]) of queries or of keys; the
+               gradient of a rotation is the rotation backwards, so that one kernel does both
     SwiGLU     a program owns a block of elements
 
+Rows of q, k, gate and up may lie apart: the sampler computes them as columns of one product.
 A row's result does not depend on the rows beside it, which the bitwise backend needs: a reduction
 in torch picks another tree when the number of rows changes, a CPU loop ends in a scalar tail.
 Nothing has to agree with a gradient to the bit, so the backward kernels only have to be right.
@@ -87,33 +88,45 @@ def rms_norm_backward_kernel(x_ptr, weight_ptr, dout_ptr, dx_ptr, dweight_ptr, N
 
 
 @triton.jit
-def rotate_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, pairs, H: tl.constexpr, HALF: tl.constexpr,
-                  BACKWARDS: tl.constexpr, BLOCK: tl.constexpr):
+def rotate_heads(x_ptr, stride, cos_ptr, sin_ptr, out_ptr, T, H: tl.constexpr, HALF: tl.constexpr,
+                 BACKWARDS: tl.constexpr, BLOCK: tl.constexpr):
     """A block of the pairs of x (T, H, 2 HALF), by the angles of their tokens, (T, HALF)."""
     pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    real = pair < pairs
-    row, i = pair // HALF, pair % HALF                       # of (T x H, HALF)
-    at, angle = row * HALF * 2 + i, row // H * HALF + i
-    a = tl.load(x_ptr + at, mask=real, other=0.0).to(tl.float32)
-    b = tl.load(x_ptr + at + HALF, mask=real, other=0.0).to(tl.float32)
-    cos = tl.load(cos_ptr + angle, mask=real, other=0.0)
-    sin = tl.load(sin_ptr + angle, mask=real, other=0.0)
+    head, i = pair // HALF, pair % HALF                      # of T x H heads, of HALF pairs
+    token, real = head // H, head < T * H
+    x_ptr += token * stride + head % H * (HALF * 2) + i
+    a = tl.load(x_ptr, mask=real, other=0.0).to(tl.float32)
+    b = tl.load(x_ptr + HALF, mask=real, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + token * HALF + i, mask=real, other=0.0)
+    sin = tl.load(sin_ptr + token * HALF + i, mask=real, other=0.0)
     if BACKWARDS:
         sin = -sin
     dtype = out_ptr.dtype.element_ty
-    tl.store(out_ptr + at, (a * cos - b * sin).to(dtype), mask=real)
-    tl.store(out_ptr + at + HALF, (b * cos + a * sin).to(dtype), mask=real)
+    at = out_ptr + head * (HALF * 2) + i
+    tl.store(at, (a * cos - b * sin).to(dtype), mask=real)
+    tl.store(at + HALF, (b * cos + a * sin).to(dtype), mask=real)
 
 
 @triton.jit
-def swiglu_kernel(gate_ptr, up_ptr, out_ptr, size, BLOCK: tl.constexpr):
+def rotate_kernel(q_ptr, k_ptr, q_stride, k_stride, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, T,
+                  H: tl.constexpr, Hkv: tl.constexpr, HALF: tl.constexpr, BACKWARDS: tl.constexpr,
+                  BLOCK: tl.constexpr):
+    """Programs (i, 0) turn the queries, programs (i, 1) the keys, so that one launch does both."""
+    if tl.program_id(1) == 0:
+        rotate_heads(q_ptr, q_stride, cos_ptr, sin_ptr, q_out_ptr, T, H, HALF, BACKWARDS, BLOCK)
+    else:
+        rotate_heads(k_ptr, k_stride, cos_ptr, sin_ptr, k_out_ptr, T, Hkv, HALF, BACKWARDS, BLOCK)
+
+
+@triton.jit
+def swiglu_kernel(gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, F, BLOCK: tl.constexpr):
     """gate / (1 + exp(-gate)) * up, with silu rounded before the product, as in torch."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + at, mask=inside, other=0.0)
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < F
+    gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0)
     silu = gate / (1 + tl.exp(-gate))
-    tl.store(out_ptr + at, silu.to(up.dtype) * up, mask=inside)
+    tl.store(out_ptr + row * F + column, silu.to(up.dtype) * up, mask=inside)
 
 
 @triton.jit
@@ -165,43 +178,50 @@ class RMSNorm(torch.autograd.Function):
 
 class Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, cos, sin, backend):
+    def forward(ctx, q, k, cos, sin, backend):
         ctx.save_for_backward(cos, sin)
         ctx.backend = backend
-        return launch_rotate(x, cos, sin, backend, backwards=False)
+        return launch_rotate(q, k, cos, sin, backend, backwards=False)
 
     @staticmethod
-    def backward(ctx, dout):
-        dx = launch_rotate(dout, *ctx.saved_tensors, ctx.backend, backwards=True)
-        return dx, None, None, None
+    def backward(ctx, dq, dk):
+        dq, dk = launch_rotate(dq, dk, *ctx.saved_tensors, ctx.backend, backwards=True)
+        return dq, dk, None, None, None
 
 
-def launch_rotate(x, cos, sin, backend, backwards):
-    x, pairs = x.contiguous(), x.numel() // 2
-    out = torch.empty_like(x)
-    if pairs:
-        _, H, K = x.shape
-        rotate_kernel[triton.cdiv(pairs, BLOCK),](
-            x, cos.contiguous(), sin.contiguous(), out, pairs, H, K // 2, backwards, BLOCK,
-            **kernels.launch_options(backend, num_warps=4))
-    return out
+def launch_rotate(q, k, cos, sin, backend, backwards):
+    q, k = by_rows(q), by_rows(k)
+    (T, H, K), Hkv = q.shape, k.shape[1]
+    outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
+    if T:
+        rotate_kernel[triton.cdiv(T * max(H, Hkv) * K // 2, BLOCK), 2](
+            q, k, q.stride(0), k.stride(0), cos.contiguous(), sin.contiguous(), *outs, T, H, Hkv,
+            K // 2, backwards, BLOCK, **kernels.launch_options(backend, num_warps=4))
+    return tuple(outs)
+
+
+def by_rows(x):
+    """x, or a copy of it unless each row x[i] is contiguous; rows may lie apart."""
+    return x if x[:1].is_contiguous() else x.contiguous()
 
 
 class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, backend):
-        gate, up = gate.contiguous(), up.contiguous()
+        gate, up = by_rows(gate), by_rows(up)
         ctx.save_for_backward(gate, up)
         ctx.backend = backend
-        out, size = torch.empty_like(gate), gate.numel()
-        if size:
-            swiglu_kernel[triton.cdiv(size, BLOCK),](
-                gate, up, out, size, BLOCK, **kernels.launch_options(backend, num_warps=4))
+        N, F = gate.shape
+        out = torch.empty(N, F, dtype=gate.dtype, device=gate.device)
+        if N:
+            swiglu_kernel[N, triton.cdiv(F, BLOCK)](
+                gate, up, out, gate.stride(0), up.stride(0), F, BLOCK,
+                **kernels.launch_options(backend, num_warps=4))
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        gate, up = ctx.saved_tensors
+        gate, up = (x.contiguous() for x in ctx.saved_tensors)
         dgate, dup, size = torch.empty_like(gate), torch.empty_like(up), gate.numel()
         if size:
             swiglu_backward_kernel[triton.cdiv(size, BLOCK),](
@@ -220,15 +240,16 @@ def rms_norm(x, weight, eps):
     return RMSNorm.apply(x, weight, eps, backend)
 
 
-def rotate(x, cos, sin):
-    """Rotate the pairs (x[i], x[i + K/2]) of x (T, H, K): the half-split order of Hugging Face.
+def rotate(q, k, cos, sin):
+    """Rotate the pairs (x[i], x[i + K/2]) of q (T, H, K) and k (T, Hkv, K) -> both.
 
-    cos, sin: (T, 1, K / 2) fp32, of each token's angles; they get no gradient.
+    Pairs are in the half-split order of Hugging Face. cos, sin: (T, 1, K / 2) fp32, of each token's
+    angles; they get no gradient.
     """
-    backend = kernels.backend(x.device)
+    backend = kernels.backend(q.device)
     if backend == "torch":
-        return rotate_torch(x, cos, sin)
-    return Rotate.apply(x, cos, sin, backend)
+        return rotate_torch(q, cos, sin), rotate_torch(k, cos, sin)
+    return Rotate.apply(q, k, cos, sin, backend)
 
 
 def swiglu(gate, up):

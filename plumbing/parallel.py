@@ -90,7 +90,7 @@ def gathered(model):
         module, leaf = name.rsplit(".", 1)
         weight = whole(weight.detach().to(model.compute_dtype))
         setattr(copy.get_submodule(module), leaf, torch.nn.Parameter(weight, requires_grad=False))
-    return copy
+    return copy.join_weights()
 
 
 def whole(tensor):

@@ -54,3 +54,24 @@ def test_logp_gap_is_zero_over_ragged_prompts_and_refilled_rows(use_kernels, fam
     assert len(bitwise_gaps) > 50  # 12 rollouts in 4 rows: all rows were refilled
     assert torch_gaps.max() > 0  # plain torch does not manage it, so this test can fail
     assert bitwise_gaps.max() == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_joined_weights_give_the_same_bits_and_take_no_memory_of_their_own(use_kernels, family):
+    use_kernels("bitwise")
+    model, tokens = tiny_model(family, torch.bfloat16, 16), torch.arange(30, device=DEVICE).view(2, 15)
+    apart = model(tokens)
+    weights = {name: weight.clone() for name, weight in model.named_parameters()}
+    assert model.join_weights() is model
+    assert torch.equal(model(tokens), apart)
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.named_parameters())
+    attention = model.layers[0].self_attn
+    together, _ = attention.q_proj.joined
+    assert attention.v_proj.weight.untyped_storage().data_ptr() == together.data_ptr()
+    together.mul_(2)  # it is the joined product that runs
+    assert not torch.equal(model(tokens), apart)
+
+
+def test_plain_torch_keeps_its_products_apart(use_kernels):
+    use_kernels("torch")
+    assert tiny_model("llama", torch.float32, 16).join_weights().layers[0].mlp.gate_proj.joined is None

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 from conftest import DEVICE
 from interpreter import canaries, guarded, shuffled_grid
 from kernels.attention import attention, make_layout
-from kernels.decode import Rows, decode, decode_reference, decode_torch
+from kernels.decode import Rows, decode, decode_reference
 
 BN = 16  # keys of a tile at head size 16: the lengths around it are where masks go wrong
 PROMPTS = [5, BN, 2 * BN + 1, 1, BN - 1]
@@ -36,6 +36,26 @@ def random_cache(prompts=PROMPTS, rows=ROWS, H=4, Hkv=2, K=16, dtype=torch.float
     return q, caches, table
 
 
+def take_newest(caches, rows):
+    """-> the last own key and value of each row, which `decode` has to append; NaN is left there."""
+    newest = []
+    for cache in caches[2:]:
+        newest.append(cache[rows.index, :, rows.lengths - 1].clone())
+        cache[rows.index, :, rows.lengths - 1] = float("nan")
+    return newest
+
+
+def decode_all(q, caches, rows):
+    """`decode` of rows whose caches hold all tokens but the newest; afterwards they hold it."""
+    complete = [cache.clone() for cache in caches]
+    k, v = take_newest(caches, rows)
+    out = decode(q, k, v, *caches, rows)
+    busy = rows.busy.bool()
+    for before, after in zip(complete[2:], caches[2:]):
+        assert torch.equal(before[busy].nan_to_num(), after[busy].nan_to_num())
+    return out
+
+
 def exact(q, caches, rows):
     """The definition in fp64; an idle row gets zeros."""
     return decode_reference(q.double(), *(cache.double() for cache in caches), rows)
@@ -59,7 +79,7 @@ def test_a_row_sees_its_prompt_and_its_own_tokens_and_nothing_else(
         use_kernels, backend, dtype, tolerance, H, Hkv):
     use_kernels(backend)
     q, caches, rows = random_cache(H=H, Hkv=Hkv, dtype=dtype)
-    out, busy = decode(q, *caches, rows), rows.busy.bool()
+    out, busy = decode_all(q, caches, rows), rows.busy.bool()
     assert error(out[busy], exact(q, caches, rows)[busy]) < tolerance
     assert (out[~busy] == 0).all()
 
@@ -68,7 +88,7 @@ def test_too_many_query_heads_to_a_kv_head_are_refused(use_kernels):
     use_kernels("fast")
     q, caches, rows = random_cache(H=80, Hkv=1)
     with pytest.raises(ValueError, match="at most 64 query heads"):
-        decode(q, *caches, rows)
+        decode_all(q, caches, rows)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -83,7 +103,7 @@ def test_torch_says_what_the_definition_says(seed):
     rng.shuffle(rows)
     H, Hkv = rng.choice([(1, 1), (4, 4), (4, 2), (6, 1)])
     q, caches, table = random_cache(prompts, rows, H, Hkv, K=8, dtype=torch.float64, seed=seed)
-    out, busy = decode_torch(q, *finite(caches), table), table.busy.bool()
+    out, busy = decode_all(q, finite(caches), table), table.busy.bool()
     # Its softmax is in fp32 whatever its inputs are.
     assert error(out[busy], exact(q, caches, table)[busy]) < 3e-7
     assert out.isfinite().all()
@@ -93,7 +113,7 @@ def test_torch_says_what_the_definition_says(seed):
 def test_torch_is_as_good_as_its_dtype(use_kernels, dtype, tolerance):
     use_kernels("torch")
     q, caches, rows = random_cache(H=6, Hkv=2, dtype=dtype)
-    out, busy = decode(q, *finite(caches), rows), rows.busy.bool()
+    out, busy = decode_all(q, finite(caches), rows), rows.busy.bool()
     assert out.dtype == dtype and error(out[busy], exact(q, caches, rows)[busy]) < tolerance
 
 
@@ -104,7 +124,7 @@ def test_more_rows_of_a_prompt_than_a_program_takes(use_kernels, backend):
     # 32 rows of 2 heads fill a tile.
     rows = [(rng.choice([0, 0, 0, 1]), rng.randint(1, 5)) for _ in range(75)]
     q, caches, table = random_cache([4, 3], rows, H=2, Hkv=1)
-    assert error(decode(q, *finite(caches), table), exact(q, caches, table)) < 2e-6
+    assert error(decode_all(q, finite(caches), table), exact(q, caches, table)) < 2e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -133,34 +153,36 @@ def test_decoding_gives_the_bits_of_the_training_forward(use_kernels, dtype, H, 
         chosen = [row for row, slot in enumerate(alive) if slot >= 0]
         at = torch.stack([layout.rollouts[row, max(0, length - 1 - back)]
                           for row, (_, length) in enumerate(lasts)])
-        assert torch.equal(decode(q[at], *caches, rows)[chosen], trained[at][chosen])
+        assert torch.equal(decode_all(q[at], caches, rows)[chosen], trained[at][chosen])
 
 
 @pytest.mark.parametrize("backend", ["fast", "bitwise"])
 def test_a_row_has_the_same_bits_alone_and_in_any_company(use_kernels, backend):
     use_kernels(backend)
     q, caches, rows = random_cache()
-    together = decode(q, *caches, rows)
+    together = decode_all(q, caches, rows)
     for row, (slot, _) in enumerate(ROWS):
         if slot >= 0:
             alone = Rows(len(ROWS), len(PROMPTS), 2, DEVICE)
             alone.prompt_lens.copy_(rows.prompt_lens)
             alone.lengths.copy_(rows.lengths)
             alone.place([slot if i == row else -1 for i in range(len(ROWS))])
-            assert torch.equal(decode(q, *caches, alone)[row], together[row])
+            assert torch.equal(decode_all(q, caches, alone)[row], together[row])
 
 
 def test_nothing_is_read_or_written_outside_and_no_program_waits_for_another(
         use_kernels, monkeypatch):
     use_kernels("fast")
     q, caches, rows = random_cache()
-    expected = decode(q, *caches, rows)
+    expected = decode_all(q, caches, rows)
     with canaries(monkeypatch):
-        out = decode(guarded(q), *(guarded(cache) for cache in caches), rows)
+        copies = [cache.clone() for cache in caches]
+        inputs = [q, *take_newest(copies, rows), *copies]
+        out = decode(*(guarded(x) for x in inputs), rows)
     assert torch.equal(out, expected)
     for seed in range(3):
         with shuffled_grid(seed):
-            assert torch.equal(decode(q, *caches, rows), expected)
+            assert torch.equal(decode_all(q, caches, rows), expected)
 
 
 def test_rows_are_read_afresh_so_a_captured_graph_may_replay(use_kernels):
@@ -172,7 +194,7 @@ def test_rows_are_read_afresh_so_a_captured_graph_may_replay(use_kernels):
     assert [x.data_ptr() for x in vars(rows).values() if isinstance(x, torch.Tensor)] == tensors
     caches = finite(caches)
     busy = rows.busy.bool()
-    assert error(decode(q, *caches, rows)[busy], exact(q, caches, rows)[busy]) < 2e-6
+    assert error(decode_all(q, caches, rows)[busy], exact(q, caches, rows)[busy]) < 2e-6
 
 
 def test_the_work_of_the_prefix_pass():

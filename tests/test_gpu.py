@@ -47,7 +47,7 @@ def last_tokens(H, Hkv, K):
     rows.lengths.copy_(layout.rollout_lens)
     rows.place(layout.owner.tolist())
     last = layout.rollouts.gather(1, layout.rollout_lens[:, None] - 1).squeeze(1)
-    return decode(q[last], *caches, rows), trained[last]
+    return decode(q[last], k[last], v[last], *caches, rows), trained[last]
 
 
 @pytest.mark.parametrize("H, Hkv, K", HEADS)
@@ -152,7 +152,8 @@ def test_decoding_past_2_to_the_31_elements(use_kernels):
     rows.prompt_lens.fill_(5)
     rows.lengths.fill_(R)
     rows.place([0] * B)
-    out = decode(q, *prompt, *caches, rows)[-1]
+    newest = [cache[:, :, -1].clone() for cache in caches]
+    out = decode(q, *newest, *prompt, *caches, rows)[-1]
     k, v = (torch.cat([p[0], cache[-1]], dim=1).double() for p, cache in zip(prompt, caches))
     weights = (k @ q[-1].double()[:, :, None] / K ** 0.5).softmax(dim=1)         # (H, 5 + R, 1)
     assert caches[0].numel() > 2**31 and relative(out, (weights * v).sum(dim=1)) < 5e-3

@@ -48,12 +48,15 @@ def angles(T, half):
     return turn.cos(), turn.sin()
 
 
-def turned(x):
-    return rotate(x, *angles(1, x.shape[-1] // 2))
+def turned(q, k):
+    """All rows by the same angles; queries and keys side by side."""
+    cos, sin = (part.expand(len(q), -1, -1) for part in angles(1, q.shape[-1] // 2))
+    return torch.cat(rotate(q, k, cos, sin), dim=1)
 
 
-def exact_turned(x):
+def exact_turned(q, k):
     """A product of complex numbers."""
+    x = torch.cat([q, k], dim=1)
     a, b = x.chunk(2, dim=-1)
     turn = torch.complex(*(part.to(x.dtype) for part in angles(1, x.shape[-1] // 2)))
     y = torch.complex(a, b) * turn
@@ -71,7 +74,7 @@ CASES = {
     "no bias": (linear, F.linear, [(1, 64), (128, 64)]),
     "rms_norm": (norm, exact_norm, [(5, 48), (48,)]),
     "rms_norm of heads": (norm, exact_norm, [(5, 3, 16), (16,)]),
-    "rotate": (turned, exact_turned, [(1, 3, 16)]),
+    "rotate": (turned, exact_turned, [(40, 3, 16), (40, 1, 16)]),
     "swiglu": (swiglu, exact_swiglu, [(7, 150), (7, 150)]),
 }
 
@@ -106,11 +109,29 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(name, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_rotation_has_the_bits_of_torchs_and_back_again_is_the_same(dtype):
-    x, (cos, sin) = random(5, 3, 16, dtype=dtype).requires_grad_(), angles(5, 8)
-    out = rotate(x, cos, sin)
-    assert torch.equal(out, rotate_torch(x, cos, sin))      # single products and sums, rounded once each
-    [back] = torch.autograd.grad(out, x, out.detach())      # the gradient rotates backwards
-    assert error(back, x) < 3 * DTYPES[dtype]
+    inputs = [random(5, heads, 16, dtype=dtype, seed=heads).requires_grad_() for heads in (6, 2)]
+    cos, sin = angles(5, 8)
+    outs = rotate(*inputs, cos, sin)
+    backs = torch.autograd.grad(outs, inputs, [out.detach() for out in outs])  # rotates backwards
+    for x, out, back in zip(inputs, outs, backs):
+        assert torch.equal(out, rotate_torch(x, cos, sin))  # single products and sums, rounded once each
+        assert error(back, x) < 3 * DTYPES[dtype]
+
+
+def test_columns_of_one_product_have_the_bits_of_tensors_of_their_own():
+    together = random(5, 96)
+    q, k = (x.unflatten(1, (-1, 16)) for x in together.split([64, 32], dim=1))
+    gate, up = together.chunk(2, dim=1)
+    cos, sin = angles(5, 8)
+    for operation, inputs in ((swiglu, (gate, up)), (lambda *x: rotate(*x, cos, sin)[0], (q, k)),
+                              (lambda *x: rotate(*x, cos, sin)[1], (q, k))):
+        apart = [x.contiguous().requires_grad_() for x in inputs]
+        views = [x.detach().requires_grad_() for x in inputs]
+        assert not any(x.is_contiguous() for x in views)
+        out, expected = operation(*views), operation(*apart)
+        assert torch.equal(out, expected)
+        assert all(map(torch.equal, torch.autograd.grad(out.sum(), views),
+                       torch.autograd.grad(expected.sum(), apart)))
 
 
 @pytest.mark.parametrize("rows", [1, 7, 29])
@@ -158,3 +179,15 @@ def test_no_rows_are_no_error():
 def test_the_product_is_fp32_and_not_tf32():
     x = torch.full((1, 64), 1 + 2**-12, device=DEVICE)  # TF32 keeps 10 bits behind the point
     assert linear(x, torch.ones(8, 64, device=DEVICE))[0, 0].item() == 64 * (1 + 2**-12)
+
+
+@pytest.mark.parametrize("backend", ["fast", "bitwise"])
+def test_the_gradient_of_an_fp32_master_is_never_rounded_to_bf16(use_kernels, backend):
+    use_kernels(backend)
+    x, weight, bias = random(70, 96, dtype=torch.bfloat16), random(40, 96, seed=1), random(40, seed=2)
+    masters = [weight.requires_grad_(), bias.requires_grad_()]
+    dweight, dbias = gradients(linear(x, *masters), masters)
+    dout = random(70, 40, dtype=torch.bfloat16, seed=9).double()
+    assert dweight.dtype == dbias.dtype == torch.float32
+    assert error(dweight, dout.T @ x.double()) < 1e-6     # rounded to bf16 it would be 2e-3
+    assert error(dbias, dout.sum(dim=0)) < 1e-6
