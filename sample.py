@@ -23,7 +23,7 @@ import os
 import sys
 from collections import deque
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 
@@ -36,10 +36,13 @@ from plumbing.batch import cut, flatten
 
 PREFILL_TOKENS = 8192   # in one forward pass over prompts; bounds its memory
 REFILL_SHARE = 1 / 16   # of the rows have to be idle before a refill, so that prefills are large
-BUSY_SHARE = 0.75       # once nothing waits and fewer rows than this are busy, drop the idle ones
+PROMPT_STEP = 256       # on a GPU slots have a multiple of this many tokens
 MAX_NEW_TOKENS = 256    # of the command line, unless it says otherwise
 # How many tokens to decode before checking for finished rows; each check synchronises the GPU.
 CHUNK = dict(cpu=1, cuda=16)
+# Once nothing waits and fewer rows than this share are busy, drop the idle ones. On a GPU that takes
+# a new graph, of which 0.5 needs half as many as 0.75, for nearly as many steps.
+BUSY_SHARE = dict(cpu=0.75, cuda=0.5)
 
 
 @dataclass
@@ -86,7 +89,7 @@ def generate(model, prompts, n, max_new_tokens, temperature, stop_ids, seed, fir
 
         # While rollouts wait, idle rows stay, because computing them for nothing costs less than
         # moving the caches of the others. Once nothing waits they are dropped.
-        if schedule.wants_fewer_rows():
+        if schedule.wants_fewer_rows(BUSY_SHARE[model.device.type]):
             cache.keep(schedule.drop_idle_rows())
             cache.rows.place(schedule.slots())
             decode_step = None
@@ -153,21 +156,31 @@ def make_step(model, cache, draw_tokens):
     return GraphStep(eager, cache)
 
 
+@lru_cache
+def capture_stream():
+    """Where all graphs are captured: torch demands a stream beside the usual one."""
+    return torch.cuda.Stream()
+
+
 class GraphStep:
     """`step` captured as a CUDA graph, which turns hundreds of launches into one."""
 
     def __init__(self, eager, cache):
         before = cache.rows.lengths.clone(), cache.tokens.clone()
-        # Run once, so that nothing has to be compiled during the capture; on a stream of its own,
-        # as torch demands. The next step writes over what this one caches.
-        stream = torch.cuda.Stream()
+        stream = capture_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
+            # Run once, so that nothing has to be compiled during the capture. The next step writes
+            # over what this one caches.
             eager()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+            # Not `with torch.cuda.graph(...)`, which gives all unused memory back to the driver, to
+            # be asked for again by the update. "thread_local": what other threads do, such as
+            # NCCL's watchdog, does not end the capture.
+            self.graph = torch.cuda.CUDAGraph()
+            self.graph.capture_begin(capture_error_mode="thread_local")
             self.tokens, self.logprobs = eager()
+            self.graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
         # Undo the first run: the schedule has not seen it.
         cache.rows.lengths.copy_(before[0])
         cache.tokens.copy_(before[1])
@@ -216,8 +229,8 @@ class Schedule:
         idle = self.owner.count(None)
         return bool(self.waiting) and idle >= REFILL_SHARE * len(self.owner)
 
-    def wants_fewer_rows(self):
-        return not self.waiting and self.busy_rows() < BUSY_SHARE * len(self.owner)
+    def wants_fewer_rows(self, share):
+        return not self.waiting and self.busy_rows() < share * len(self.owner)
 
     def admit(self):
         """Give idle rows the next rollouts -> these rows, {prompt: slot} to compute first."""
@@ -287,6 +300,9 @@ class Cache:
         config, dtype, device = model.config, model.compute_dtype, model.device
         Hkv, K = config.n_kv_heads, config.head_dim
         P = max(map(len, prompts))
+        if device.type == "cuda":
+            # Caches of equal sizes in every step fit where those of the last step were.
+            P = math.ceil(P / PROMPT_STEP) * PROMPT_STEP
         # The last token of a rollout is never fed back, so it needs no place.
         self.R = max(1, max_new_tokens - 1)
         token_bytes = 2 * config.n_layers * Hkv * K * dtype.itemsize

@@ -70,7 +70,7 @@ def in_batches(generate, prompts, rows):
 
 def in_waiting_batches(generate, prompts, rows):
     """As in_batches, but rows whose rollout has ended are decoded until the whole batch has."""
-    with patch.object(sample, "BUSY_SHARE", 0):
+    with patch.dict(sample.BUSY_SHARE, cpu=0, cuda=0):
         in_batches(generate, prompts, rows)
 
 

@@ -42,13 +42,13 @@ def test_transformers_draws_as_many_tokens(capsys):
 
 
 def test_batches_draw_the_rollouts_of_refilled_rows(capsys, monkeypatch):
-    generate, drawn, shares, usual = sample.generate, [], [], sample.BUSY_SHARE
+    generate, drawn, shares, usual = sample.generate, [], [], sample.BUSY_SHARE["cpu"]
 
     def remember(model, prompts, **options):
         groups = generate(model, prompts, **options)
         tokens = [[rollout.tokens for rollout in group] for group in groups]
         drawn.append((options.get("first_prompt", 0), tokens))
-        shares.append(sample.BUSY_SHARE)
+        shares.append(sample.BUSY_SHARE["cpu"])
         return groups
 
     monkeypatch.setattr(sample, "generate", remember)

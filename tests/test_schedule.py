@@ -64,9 +64,9 @@ def test_idle_rows_are_dropped_once_nothing_waits_and_too_many_are_idle():
     schedule = Schedule([[1]], n=8, B=8, S=1, stop_ids=[STOP], max_new_tokens=9)
     schedule.admit()
     draw(schedule, range(2), [STOP] * 2)
-    assert not schedule.wants_fewer_rows()    # 6 of 8 are busy
+    assert not schedule.wants_fewer_rows(0.75)    # 6 of 8 are busy
     draw(schedule, [5], [STOP])
-    assert schedule.wants_fewer_rows()
+    assert schedule.wants_fewer_rows(0.75)
     assert schedule.drop_idle_rows() == [2, 3, 4, 6, 7]
     assert schedule.owner == [(0, 2), (0, 3), (0, 4), (0, 6), (0, 7)]
 
@@ -101,7 +101,7 @@ def test_every_rollout_is_sampled_once_to_its_end_and_no_slot_holds_two_prompts(
             if not rows:
                 break
             speak(rows)
-        if schedule.wants_fewer_rows() and schedule.busy_rows():
+        if schedule.wants_fewer_rows(0.75) and schedule.busy_rows():
             schedule.drop_idle_rows()
         speak(range(len(schedule.owner)))
         busy = [owner for owner in schedule.owner if owner]
