@@ -40,8 +40,8 @@ PROMPT_STEP = 256       # on a GPU slots have a multiple of this many tokens
 MAX_NEW_TOKENS = 256    # of the command line, unless it says otherwise
 # How many tokens to decode before checking for finished rows; each check synchronises the GPU.
 CHUNK = dict(cpu=1, cuda=16)
-# Once nothing waits and fewer rows than this share are busy, drop the idle ones. On a GPU that takes
-# a new graph, of which 0.5 needs half as many as 0.75, for nearly as many steps.
+# Once nothing waits and fewer rows than this share are busy, drop the idle ones. On a GPU each time
+# takes a new graph; 0.5 needs half as many of them as 0.75, for nearly as many steps.
 BUSY_SHARE = dict(cpu=0.75, cuda=0.5)
 
 
