@@ -13,9 +13,11 @@ live in registers, a tile at a time, and the backward pass computes them again:
                                                         complete, dH adds up in fp32
 
 A split is SPLIT tokens long however many rows or processors there are, so that a row's bits do not
-depend on them. Sampling is the same scan: the token drawn is the argmax of logit + Gumbel noise,
-and its log-prob comes with it. The backward pass cuts the vocabulary into chunks, not the rows,
-because every chunk of rows would read and write all 0.9 GB of an fp32 dW.
+depend on them. Sampling is the same scan: it draws a tile of BN tokens by the sums of their e^x,
+then a second kernel computes the logits of this tile again and draws the token. So random numbers
+are made for tiles and for one tile's tokens; made for each logit, they took a third of the time. The
+backward pass cuts the vocabulary into chunks, not the rows, because every chunk of rows would read
+and write all 0.9 GB of an fp32 dW.
 """
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -29,7 +31,7 @@ CHUNK_LOGITS = 2**26  # torch backend: logits alive at a time, 256 MB in fp32
 # Block sizes; bench/compile.py checks them. In the bitwise backend they are part of the result.
 SPLIT = 1024          # tokens of the vocabulary that a program walks: 149 splits of 151,936
 CHUNK = 8192          # tokens whose d logits are in memory at a time
-BN = 128              # 256 would spill registers once noise or gradient joins the tile
+BN = 128              # 256 would spill registers once the gradient joins the tile
 BK = {torch.bfloat16: 64, torch.float32: 32}  # 128 bytes, a line of memory
 WARPS = {64: 4, 128: 8}  # BM: warps; 4 per 64 rows in both, so both sum a row in the same order
 STAGES = 4            # tiles on their way from memory: 131 KB of the 227 KB that a program may have
@@ -213,17 +215,16 @@ def dlogits_kernel(hidden_ptr, weight_ptr, targets_ptr, lse_ptr, entropy_ptr, dl
 # ---- kernels: sampling ----
 
 @triton.jit
-def gumbel(bits, start, BN: tl.constexpr):
-    """Gumbel noise -log(E), E exponential, for the tokens start .. start + BN - 1 -> (BM, BN).
+def gumbel(bits, number):
+    """Gumbel noise -log(E), E exponential, from a row's bits and the number of the outcome.
 
-    A row's bits seed SplitMix64, whose output number t belongs to token t. The usual -log(-log u)
-    ends at 16.6 in fp32, because no number lies between 1 - 2**-24 and 1, and with 150,000 tokens
-    that matters. Large noise is a small E, and floats are dense at 0: so E = -log(1 - v), with v
-    down to 2**-33 (noise 22.9), and as a series where 1 - v would round v away.
+    The outcome with the largest log-probability + noise is drawn with its probability. The bits
+    seed SplitMix64, whose outputs are numbered. The usual -log(-log u) ends at 16.6 in fp32,
+    because no number lies between 1 - 2**-24 and 1, and rare outcomes need more. Large noise is a
+    small E, and floats are dense at 0: so E = -log(1 - v), with v down to 2**-33 (noise 22.9), and
+    as a series where 1 - v would round v away.
     """
-    STEP: tl.constexpr = 0x9E3779B97F4A7C15
-    z = bits.to(tl.uint64, bitcast=True) + tl.cast(start + 1, tl.uint64) * STEP
-    z = z[:, None] + (tl.arange(0, BN).to(tl.uint64) * STEP)[None, :]
+    z = bits.to(tl.uint64, bitcast=True) + (number + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
     z = z ^ (z >> 31)
@@ -233,11 +234,13 @@ def gumbel(bits, start, BN: tl.constexpr):
 
 
 @triton.jit
-def sample_scan_kernel(hidden_ptr, weight_ptr, bits_ptr, m_ptr, s_ptr, score_ptr, x_ptr, token_ptr,
-                       N, V, D, splits, inv_temp, BM: tl.constexpr, BN: tl.constexpr,
-                       BK: tl.constexpr, SPLIT: tl.constexpr, NOISE: tl.constexpr,
-                       PRECISION: tl.constexpr):
-    """As logprob_scan_kernel; leaves m, s, and the split's best token, its score and its logit."""
+def sample_scan_kernel(hidden_ptr, weight_ptr, bits_ptr, m_ptr, s_ptr, score_ptr, tile_ptr, N, V, D,
+                       splits, inv_temp, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                       SPLIT: tl.constexpr, NOISE: tl.constexpr, PRECISION: tl.constexpr):
+    """As logprob_scan_kernel; leaves m, s, and the split's best tile (its first token) and score.
+
+    A tile's number continues those of the tokens, so that its noise is that of no token.
+    """
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     real, rows = rows < N, tl.minimum(rows, N - 1)
     split = tl.program_id(1)
@@ -245,43 +248,57 @@ def sample_scan_kernel(hidden_ptr, weight_ptr, bits_ptr, m_ptr, s_ptr, score_ptr
     m = tl.full((BM,), -1e30, tl.float32)
     s = tl.zeros((BM,), tl.float32)
     best = tl.full((BM,), -1e30, tl.float32)
-    picked = tl.zeros((BM,), tl.float32)
-    token = tl.zeros((BM,), tl.int32)
+    tile = tl.zeros((BM,), tl.int32) + split * SPLIT
     for start in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, V), BN):
         columns = start + tl.arange(0, BN).to(tl.int64)
         x = logits_tile(hidden_ptr, weight_ptr, rows, columns, V, D, inv_temp, BM, BN, BK,
                         PRECISION)
         x = tl.where((columns < V)[None, :], x, -1e30)
-        score = x
-        if NOISE:
-            score = x + gumbel(bits, start, BN)
-        top, place = tl.max(score, 1, return_indices=True)  # first of equals
-        better = top > best                                 # false for NaN, which s reports
-        here = tl.sum(tl.where(tl.arange(0, BN)[None, :] == place[:, None], x, 0.0), 1)
-        best = tl.where(better, top, best)
-        picked = tl.where(better, here, picked)
-        token = tl.where(better, start + place, token)
         m_new, shrink, p = grow_softmax(m, x)
-        s = s * shrink + tl.sum(p, 1)
+        here = tl.sum(p, 1)
+        if NOISE:
+            score = m_new + tl.log(here) + gumbel(bits, V + start // BN)
+        else:
+            score = tl.max(x, 1)
+        better = score > best                               # false for NaN, which s reports
+        best = tl.where(better, score, best)
+        tile = tl.where(better, start, tile)
+        s = s * shrink + here
         m = m_new
     at = rows * splits + split
     tl.store(m_ptr + at, m, mask=real)
     tl.store(s_ptr + at, s, mask=real)
     tl.store(score_ptr + at, best, mask=real)
-    tl.store(x_ptr + at, picked, mask=real)
-    tl.store(token_ptr + at, token, mask=real)
+    tl.store(tile_ptr + at, tile, mask=real)
 
 
 @triton.jit
-def sample_combine_kernel(m_ptr, s_ptr, score_ptr, x_ptr, token_ptr, tokens_ptr, logprobs_ptr,
-                          splits, PADDED: tl.constexpr):
+def sample_token_kernel(hidden_ptr, weight_ptr, bits_ptr, m_ptr, s_ptr, score_ptr, tile_ptr,
+                        tokens_ptr, logprobs_ptr, V, D, splits, inv_temp, BM: tl.constexpr,
+                        BN: tl.constexpr, BK: tl.constexpr, PADDED: tl.constexpr,
+                        NOISE: tl.constexpr, PRECISION: tl.constexpr):
+    """One program per row: it computes the best tile's logits again and draws one of its tokens."""
     row = tl.program_id(0).to(tl.int64)
-    m_split, s_split, shrink, m, s = combine_softmax(m_ptr, s_ptr, row, splits, PADDED)
+    _, _, _, m, s = combine_softmax(m_ptr, s_ptr, row, splits, PADDED)
     split = tl.arange(0, PADDED)
     scores = tl.load(score_ptr + row * splits + split, mask=split < splits, other=-2e30)
     _, best = tl.max(scores, 0, return_indices=True)
-    tl.store(tokens_ptr + row, tl.load(token_ptr + row * splits + best).to(tl.int64))
-    tl.store(logprobs_ptr + row, tl.load(x_ptr + row * splits + best) - m - tl.log(s))
+    start = tl.load(tile_ptr + row * splits + best)
+    columns = start + tl.arange(0, BN).to(tl.int64)
+
+    # A tensor core takes no fewer rows than BM, so all of them are this one.
+    rows = row + tl.zeros((BM,), tl.int64)
+    x = logits_tile(hidden_ptr, weight_ptr, rows, columns, V, D, inv_temp, BM, BN, BK, PRECISION)
+    x = tl.where((columns < V)[None, :], x, -1e30)
+    score = x
+    if NOISE:
+        score = x + gumbel(tl.load(bits_ptr + row), columns)[None, :]
+    _, place = tl.max(score, 1, return_indices=True)        # (BM,), first of equals
+    x = tl.sum(tl.where(tl.arange(0, BN)[None, :] == place[:, None], x, 0.0), 1)
+    # In a row of NaN the place may be behind the vocabulary.
+    token = tl.minimum(start + tl.max(place, 0), V - 1)
+    tl.store(tokens_ptr + row, token.to(tl.int64))
+    tl.store(logprobs_ptr + row, tl.max(x, 0) - m - tl.log(s))
 
 
 # ---- launches ----
@@ -315,15 +332,16 @@ def launch_sample(backend, hidden, weight, bits, temperature):
     """-> tokens and their log-probs, (B,) each."""
     (B, D), V = hidden.shape, weight.shape[0]
     splits, BM = triton.cdiv(V, SPLIT), 64 if B <= FEW_ROWS else 128
-    m, s, score, x = (empty(B, splits, like=hidden) for _ in range(4))
-    token = empty(B, splits, like=hidden, dtype=torch.int32)
+    m, s, score = (empty(B, splits, like=hidden) for _ in range(3))
+    tile = empty(B, splits, like=hidden, dtype=torch.int32)
+    inv_temp, noise = 1 / (temperature or 1.0), temperature != 0
     sample_scan_kernel[triton.cdiv(B, BM), splits](
-        hidden, weight, bits, m, s, score, x, token, B, V, D, splits, 1 / (temperature or 1.0),
-        SPLIT=SPLIT, NOISE=temperature != 0, **tile_options(backend, hidden, BM))
+        hidden, weight, bits, m, s, score, tile, B, V, D, splits, inv_temp, SPLIT=SPLIT,
+        NOISE=noise, **tile_options(backend, hidden, BM))
     tokens, logprobs = empty(B, like=hidden, dtype=torch.int64), empty(B, like=hidden)
-    sample_combine_kernel[B,](
-        m, s, score, x, token, tokens, logprobs, splits, PADDED=triton.next_power_of_2(splits),
-        **kernels.launch_options(backend, num_warps=1))
+    sample_token_kernel[B,](
+        hidden, weight, bits, m, s, score, tile, tokens, logprobs, V, D, splits, inv_temp,
+        PADDED=triton.next_power_of_2(splits), NOISE=noise, **tile_options(backend, hidden, 64))
     return tokens, logprobs
 
 

@@ -33,7 +33,7 @@ def find(report, kernel, **wanted):
 
 IN_BOTH = ("forward_kernel", "dq_kernel", "dkv_kernel", "prefix_kernel", "suffix_kernel",
            "logprob_scan_kernel", "logprob_combine_kernel", "dlogits_kernel", "sample_scan_kernel",
-           "sample_combine_kernel", "rms_norm_kernel", "rms_norm_backward_kernel", "rotate_kernel",
+           "sample_token_kernel", "rms_norm_kernel", "rms_norm_backward_kernel", "rotate_kernel",
            "swiglu_kernel", "swiglu_backward_kernel")
 BITWISE_ONLY = ("linear_kernel",)
 
