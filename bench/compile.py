@@ -77,7 +77,7 @@ def specialise(kernel, arguments):
     signature, constants, aligned = {}, {}, []
     for parameter in kernel.params:
         name, value = parameter.name, arguments[parameter.name]
-        is_one = type(value) is int and value == 1
+        is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or is_one:
             constants[name] = value
         elif isinstance(value, torch.Tensor):
@@ -87,7 +87,7 @@ def specialise(kernel, arguments):
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if -2**31 <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 aligned.append(name)
     return signature, constants, aligned
 

@@ -13,7 +13,9 @@ Three backends (--kernels, or the environment variable NANORPT_KERNELS):
                sampler's log-probs are the trainer's to the last bit (logp_gap 0.0); the default
                on a GPU
 
-Importing this folder needs neither Triton nor a GPU; elsewhere only bench/ imports Triton.
+Sizes that change from batch to batch are in `do_not_specialize`: otherwise Triton would compile a
+kernel again for multiples of 16, in the middle of a run. Importing this folder needs neither Triton
+nor a GPU; elsewhere only bench/ imports Triton.
 """
 import os
 
@@ -28,7 +30,9 @@ except ImportError:
         constexpr = None
 
     class triton:
-        jit = staticmethod(lambda kernel: kernel)
+        @staticmethod
+        def jit(kernel=None, **options):
+            return kernel or triton.jit
 
 BACKENDS = ("torch", "fast", "bitwise")
 # Triton's interpreter runs the kernels on a CPU: slow, for tests.

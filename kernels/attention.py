@@ -248,7 +248,7 @@ def attend_tile(acc, l, m, q, k_ptr, v_ptr, stride, first, hi, rows, scale2,
     return acc, l, m_new
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, table_ptr, T, scale2,
                    H: tl.constexpr, Hkv: tl.constexpr, K: tl.constexpr,
                    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
@@ -305,7 +305,7 @@ def add_dq(dq, q, dout, lse, delta, k_ptr, v_ptr, stride, lo, whole, hi, rows, s
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, table_ptr, T,
               scale, scale2, H: tl.constexpr, Hkv: tl.constexpr, K: tl.constexpr,
               BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
@@ -335,7 +335,7 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr
     store_rows(dq_ptr + head * K, dq * scale, rows, end, H * K, K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def dkv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, table_ptr, T,
                scale, scale2, H: tl.constexpr, Hkv: tl.constexpr, K: tl.constexpr,
                BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):

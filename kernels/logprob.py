@@ -126,7 +126,7 @@ def combine_softmax(m_ptr, s_ptr, row, splits, PADDED: tl.constexpr):
 
 # ---- kernels: log-probs ----
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def logprob_scan_kernel(hidden_ptr, weight_ptr, targets_ptr, m_ptr, s_ptr, e_ptr, x_ptr, N, V, D,
                         splits, inv_temp, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                         SPLIT: tl.constexpr, PRECISION: tl.constexpr):
@@ -179,7 +179,7 @@ def logprob_combine_kernel(targets_ptr, m_ptr, s_ptr, e_ptr, x_ptr, logprobs_ptr
     tl.store(lse_ptr + row, m + log_s)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def dlogits_kernel(hidden_ptr, weight_ptr, targets_ptr, lse_ptr, entropy_ptr, dlogprobs_ptr,
                    dentropy_ptr, out_ptr, N, V, D, stride, first, inv_temp,
                    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -233,7 +233,7 @@ def gumbel(bits, number):
     return -tl.log(tl.where(v < 0.00390625, v + v * v * 0.5, -tl.log(1 - v)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def sample_scan_kernel(hidden_ptr, weight_ptr, bits_ptr, m_ptr, s_ptr, score_ptr, tile_ptr, N, V, D,
                        splits, inv_temp, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                        SPLIT: tl.constexpr, NOISE: tl.constexpr, PRECISION: tl.constexpr):

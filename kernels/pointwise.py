@@ -58,7 +58,7 @@ def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, D, eps, WIDTH: tl.constexpr):
     tl.store(out_ptr + at, weight.to(dtype) * x.to(dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "count"])
 def rms_norm_backward_kernel(x_ptr, weight_ptr, dout_ptr, dx_ptr, dweight_ptr, N, D, eps, count,
                              ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """`count` rows, ROWS at a time: with y = x / rms(x) and dy = dout * weight,
@@ -107,7 +107,7 @@ def rotate_heads(x_ptr, stride, cos_ptr, sin_ptr, out_ptr, T, H: tl.constexpr, H
     tl.store(at + HALF, (b * cos + a * sin).to(dtype), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def rotate_kernel(q_ptr, k_ptr, q_stride, k_stride, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, T,
                   H: tl.constexpr, Hkv: tl.constexpr, HALF: tl.constexpr, BACKWARDS: tl.constexpr,
                   BLOCK: tl.constexpr):

@@ -78,3 +78,33 @@ def test_bitwise_sampler_and_trainer_multiply_with_the_same_instruction(report, 
     assert {entry["constants"]["BM"] for entry in entries} == {64, 128}
     assert widths == {16, 32, 64, 128, 256}
     assert products(entries) == {(f"v3 16, {width}, 16, 1 warps across",) for width in widths}
+
+
+def test_no_number_of_tokens_or_rows_makes_a_kernel_compile_again():
+    """Micro-batches of 513, 528 and 8,193 tokens share one variant of each kernel."""
+    script = """
+import torch
+from bench import compile as bench
+from kernels import attention, linear, logprob, pointwise
+
+bench.resources = lambda kernel, *types: {}
+report = []
+with bench.compile_launches(report):
+    for T in (513, 528, 8193):
+        layout = attention.make_layout([(T - 3, [3])], "meta")
+        q, k, v = (bench.floats(T, heads, 64) for heads in (4, 2, 2))
+        q, k = pointwise.rotate(q, k, *torch.empty(2, T, 1, 32, device="meta"))
+        x = attention.attention(q, k, v, layout).flatten(1)
+        x = pointwise.rms_norm(linear.linear(x, bench.floats(256, 256)), bench.floats(256), 1e-5)
+        logprobs, _ = logprob.logprob(x, bench.floats(1000, 256), bench.integers(T))
+        logprobs.sum().backward()
+        logprob.sample(x.detach(), bench.floats(1000, 256).detach(), bench.integers(T), 0.8)
+        print(len(report))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= dict(NANORPT_KERNELS="bitwise", PYTHONPATH=f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
+    ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True,
+                         text=True)
+    assert ran.returncode == 0, ran.stderr
+    first, *others = map(int, ran.stdout.split())
+    assert first >= 12 and others == [first, first]  # kernels compiled so far
