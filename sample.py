@@ -43,6 +43,10 @@ CHUNK = dict(cpu=1, cuda=16)
 # Once nothing waits and fewer rows than this share are busy, drop the idle ones. On a GPU each time
 # takes a new graph; 0.5 needs half as many of them as 0.75, for nearly as many steps.
 BUSY_SHARE = dict(cpu=0.75, cuda=0.5)
+# How much the KV cache may take: on a GPU of what is free, on a CPU of all memory, because that has
+# other uses. On a GPU the weights are there already, and the rest only has to hold the buffers of a
+# prefill, or of drawing tokens: below a GB for a model of 1.5B, 2 GB for 32B (bench/memory.py).
+KV_SHARE = dict(cpu=0.5, cuda=0.85)
 
 
 @dataclass
@@ -62,7 +66,7 @@ def generate(model, prompts, n, max_new_tokens, temperature, stop_ids, seed, fir
     first_prompt: index of prompts[0] in the whole batch, so that a rank that samples only a part
         draws what one process would have drawn.
     max_rows: rollouts decoded at a time; fewer where their KV cache would take more than kv_gb,
-        10^9 bytes (default: half of the memory).
+        10^9 bytes (default: what `kv_budget` says).
     on_tokens: called with [(prompt, number, token), ...] and how many rollouts have ended so far.
     truncate: from plumbing/truncate.py. Not for training: log-probs are then not the policy's.
     ValueError for an empty prompt, one that leaves no room, or arguments out of range.
@@ -399,15 +403,16 @@ def cache_size(N, n, P, R, token_bytes, max_rows, budget):
 
 
 def kv_budget(kv_gb, device):
-    """Bytes for the KV cache: as asked, or half of the memory (on a GPU: of what is free)."""
+    """Bytes for the KV cache: as asked, or KV_SHARE of the memory (on a GPU of what is free)."""
     if kv_gb is not None:
         return kv_gb * 1e9
+    share = KV_SHARE[device.type]
     if device.type == "cuda":
         # What the last update has freed is free too, although torch's allocator still holds it.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return (torch.cuda.mem_get_info(device)[0] + kept) / 2
+        return share * (torch.cuda.mem_get_info(device)[0] + kept)
     if hasattr(os, "sysconf"):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+        return share * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 4e9  # Windows
 
 

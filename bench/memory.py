@@ -32,7 +32,7 @@ from bench.common import QWEN
 from kernels import logprob
 from model import read_config
 from plumbing import flags
-from sample import PREFILL_TOKENS, cache_size
+from sample import KV_SHARE, PREFILL_TOKENS, cache_size
 from train_rpt import MAX_NEW_TOKENS, check_prompts_fit
 
 RESERVE = 0.06, 1e9  # share of the memory, and bytes
@@ -216,14 +216,13 @@ def sampling(config, args):
     is_copied = args.gpus > 1 or size < 4
     parts["gathered weights"] = size * count_parameters(config)[1] if is_copied else 0
 
-    # The cache may take half of what is free. The last token of a rollout is never cached.
+    # The cache takes its share of what is free. The last token of a rollout is never cached.
     cached = max(1, rollout - 1)
     token = 2 * config.n_layers * config.n_kv_heads * config.head_dim * size
-    budget = args.gpu_gb * 1e9 / 2
+    free = args.gpu_gb * 1e9
     if args.device == "cuda":
-        budget -= (sum(parts.values()) + reserve(args)) / 2
-    if args.kv_gb is not None:
-        budget = args.kv_gb * 1e9
+        free -= sum(parts.values()) + reserve(args)
+    budget = KV_SHARE[args.device] * free if args.kv_gb is None else args.kv_gb * 1e9
     count, rows, slots = groups_of_a_rank(args), 0, 0
     if (prompt + cached) * token <= budget:
         rows, slots = cache_size(count, args.rollouts, prompt, cached, token, args.max_rows, budget)

@@ -83,7 +83,8 @@ def add_cache_flags(add):
     """How much is decoded at a time."""
     add("--max-rows", type=at_least(1), default=256, help="rollouts decoded at a time")
     add("--kv-gb", type=at_least(0, float),
-        help="memory for keys and values, 10^9 bytes; default: half of what is there")
+        help="memory for keys and values, 10^9 bytes; default: 85 %% of what is free on a GPU, "
+             "half of all on a CPU")
 
 
 def add_length_flag(add, usual):

@@ -5,11 +5,13 @@
 CONFIG: a checkpoint folder, or the fields of GPTConfig as JSON; then flags of bench/memory.py.
 """
 import json
+import math
 import os
 import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import asdict, replace
+from itertools import product
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from kernels.attention import make_layout
 from model import GPT, GPTConfig
 from plumbing.batch import Example, pack
 from plumbing.optimizer import make_optimizer
-from sample import generate
+from sample import generate, kv_budget
 
 SHAPES = [
     GPTConfig(vocab_size=31, width=48, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=16,
@@ -147,6 +149,37 @@ def test_a_kv_cache_without_room_for_one_rollout_does_not_fit():
     parts, rows = memory.sampling(config, args)
     assert rows == 0 and parts["KV cache, 0 of 256 rows"] == 0 and not memory.fits(config, args)[0]
     assert memory.sampling(config, flags("--gpus 8 --kv-gb 0.152"))[1] == 1
+
+
+def test_a_gpu_decodes_as_many_rows_as_85_percent_of_what_is_free_can_hold():
+    """1.5B: 80 GB less 6 %, 1 GB, 14 bytes a parameter; a row has 8,191 tokens of 28,672 bytes,
+    and 4.08 / 8 slots of 4,096."""
+    free = 0.94 * 80e9 - 1e9 - (4 + 8 + 2) * 1_543_714_304
+    row = 28_672 * (8191 + (2 + math.log(8)) / 8 * 4096)
+    rows = memory.sampling(memory.SHAPES["1.5B"], flags())[1]
+    assert rows == pytest.approx(0.85 * free / row, abs=1) and rows == 151
+    assert memory.sampling(SEVEN, flags("--gpus 8 --checkpoint-activations"))[1] == 70
+
+
+@pytest.mark.parametrize("kernels", ["bitwise", "torch"])
+@pytest.mark.parametrize("gpus, lean", [(1, ""), (1, "--bf16-moments"), (8, ""),
+                                        (8, "--bf16-moments --reshard")])
+def test_the_share_of_the_cache_leaves_room_for_all_other_buffers(gpus, lean, kernels):
+    for config, gb in product(memory.SHAPES.values(), (24, 80, 141)):
+        args = flags(f"--gpus {gpus} --gpu-gb {gb} --kernels {kernels} {lean}")
+        parts, rows = memory.sampling(config, args)
+        assert rows == 0 or sum(parts.values()) + memory.reserve(args) <= gb * 1e9
+
+
+def test_the_sampler_takes_the_share_that_is_counted(monkeypatch):
+    """Of 10 GB that are free and 3 that torch's allocator keeps; on a CPU half of the memory."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10e9, 80e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 8e9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5e9)
+    assert kv_budget(None, torch.device("cuda")) == pytest.approx(0.85 * 13e9)
+    assert kv_budget(2.5, torch.device("cuda")) == kv_budget(2.5, torch.device("cpu")) == 2.5e9
+    monkeypatch.setattr(os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 1_000_000)
+    assert kv_budget(None, torch.device("cpu")) == 2.048e9
 
 
 def test_a_prompt_without_room_is_refused():
