@@ -4,18 +4,28 @@
     pytest -m slow                  the rest: whole runs on several ranks, compiled kernels, sieges
     pytest -m "slow or not slow"    everything
 
-Kernels run on the GPU where there is one (DEVICE), else in Triton's interpreter.
+    NANORPT_TEST_DEVICE=cuda pytest -m "slow or not slow"
+                                    the tests of the kernels alone, compiled, on a GPU
+
+Everything else runs on the CPU even where there is a GPU, because whole runs are compared to the
+bit; the kernels then run in Triton's interpreter.
 """
 import os
 import sys
 
+DEVICE = os.environ.get("NANORPT_TEST_DEVICE", "cpu")
+if DEVICE == "cpu":
+    # Set before torch is imported and a kernel is defined; subprocesses inherit it.
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
 import pytest
 import torch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ON_A_GPU = ["test_attention_kernel.py", "test_bitwise.py", "test_decode.py", "test_gpu.py",
+            "test_linear.py", "test_logprob_kernel.py"]
+HERE = os.path.dirname(os.path.abspath(__file__))
+if DEVICE != "cpu":
+    collect_ignore = sorted(set(os.listdir(HERE)) - set(ON_A_GPU))
+sys.path.insert(0, os.path.dirname(HERE))
 import kernels
 from model import GPT, GPTConfig
 

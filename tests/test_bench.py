@@ -9,19 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sample
 from bench import common, sample as bench_sample, train as bench_train
-from conftest import DEVICE
 from kernels.attention import make_layout
 from model import GPT, GPTConfig
 from tiny import run_here
 
 MODEL = GPTConfig(vocab_size=40, width=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16,
                   ffn_width=24, max_positions=64)
-
-
-@pytest.fixture(autouse=True)
-def no_gpu():
-    if DEVICE == "cuda":
-        pytest.skip("there is a GPU: run the benches themselves")
 
 
 def cells(capsys):

@@ -17,12 +17,10 @@ import torch
 pytest.importorskip("triton")
 from bench import common, kernels as bench
 from plumbing import flags
-from conftest import DEVICE
 from kernels import attention as attention_module
 from kernels.attention import make_layout
 from tiny import run_here
 
-pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs bench/kernels.py itself")
 CPU = torch.device("cpu")
 LIMIT = (790e12, 4.3e12)
 TINY = {"1": ("tiny", 20), "2": ("tiny", 18, 2, 8), "3": ("tiny", 4, 2, 20, 24), "4": (40, 32),

@@ -7,8 +7,6 @@ import kernels
 from interpreter import canaries, guarded, shuffled_grid
 from kernels import tl, triton
 
-pytestmark = pytest.mark.skipif(not kernels.INTERPRETED, reason="a GPU runs the kernels")
-
 
 @triton.jit
 def bf16_arithmetic(a, b, total, product, quotient, root, rounded, N: tl.constexpr):

@@ -26,7 +26,7 @@ from plumbing.batch import pack
 from train_ntp import make_example, ntp_update
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def ntp_step(model, optimizer, sequences, tokens_per_micro_batch, grad_clip):
