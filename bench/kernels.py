@@ -46,6 +46,7 @@ from kernels.attention import attention, is_real, make_layout
 from kernels.decode import Rows, decode, decode_reference
 from kernels.logprob import logprob, sample
 from plumbing import flags
+from plumbing.checkpoint import write
 
 OURS = ("fast", "bitwise")
 PASSES = ("fwd", "fwd+bwd")
@@ -434,9 +435,9 @@ def run(args, device, dtype):
             else:
                 measured = measure_shape(build, shape, limit, device, dtype, args.quick)
                 records += [dict(row=number) | record for record in measured]
-            if args.json:  # after every shape, so that a kill loses only one
+            if args.json:  # after every shape and at once, so that a kill loses only one shape
                 results = dict(header=header, results=records)
-                Path(args.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
+                write(args.json, json.dumps(results, indent=1))
     print(f"\n{(time.monotonic() - start) / 60:.1f} minutes")
 
 

@@ -249,6 +249,25 @@ def test_a_whole_run_prints_header_tables_and_json_even_without_git(monkeypatch,
     assert saved["results"][0]["fwd"] == 1.0
 
 
+def test_a_kill_loses_no_shape_that_was_measured(monkeypatch, tmp_path):
+    def measure(build, shape, *_):
+        seen.append(shape)
+        if len(seen) == 3:  # killed while its results are written
+            monkeypatch.setattr("plumbing.checkpoint.os.replace", interrupt)
+        return [dict(shape=shape)]
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    seen = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(bench, "measure_shape", measure)
+    with pytest.raises(KeyboardInterrupt):
+        run(["3", "4", "5"], 8, tmp_path / "bench.json")
+    saved = json.loads((tmp_path / "bench.json").read_text())["results"]
+    assert [record["row"] for record in saved] == ["3", "4"]
+
+
 def test_no_shape_is_begun_after_the_minutes(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     run(["3"], 0, tmp_path / "bench.json")
