@@ -31,6 +31,9 @@ def start(device):
             raise ValueError("--device cuda: torch finds no GPU here")
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
+        # cuBLAS may cut a long sum, such as the gradient of a weight over all tokens, into parts
+        # that it adds in bf16.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     device_of_rank = device
     if WORLD > 1:
         # torch wraps the hook; its wrapper would lose the message of a hook that exits at once.

@@ -192,6 +192,23 @@ def test_a_rank_that_cannot_write_still_takes_part_in_what_the_others_wait_for(t
     assert whole.call_count == len(list(gpt.parameters()))
 
 
+# ---- the start of a rank -----------------------------------------------------------------------------------
+
+def start_on_a_gpu(monkeypatch):
+    """As if there were one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(parallel, "device_of_rank", "cpu")
+    assert parallel.start("cuda") == "cuda:0"
+
+
+def test_no_product_is_summed_in_bf16(monkeypatch):
+    products = torch.backends.cuda.matmul
+    products.allow_bf16_reduced_precision_reduction = True   # torch's default
+    start_on_a_gpu(monkeypatch)
+    assert not products.allow_bf16_reduced_precision_reduction
+
+
 # ---- loading and saving ------------------------------------------------------------------------------------
 
 def test_weights_in_several_files_load_here_and_in_transformers(tmp_path):
