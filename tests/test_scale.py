@@ -209,6 +209,18 @@ def test_no_product_is_summed_in_bf16(monkeypatch):
     assert not products.allow_bf16_reduced_precision_reduction
 
 
+@pytest.mark.parametrize("asked, cores, threads", [(None, 16, 4), (None, 2, 2), ("9", 9, 9)])
+def test_a_gpu_needs_four_threads_unless_the_user_asks_for_more(monkeypatch, asked, cores, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    used = [cores]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    start_on_a_gpu(monkeypatch)
+    assert used[-1] == threads
+
+
 # ---- loading and saving ------------------------------------------------------------------------------------
 
 def test_weights_in_several_files_load_here_and_in_transformers(tmp_path):
