@@ -33,10 +33,15 @@ class AdamW16(torch.optim.AdamW):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            generator = torch.Generator(group["params"][0].device)
-            for i, weight in enumerate(group["params"]):
+            weights = group["params"]
+            generator = torch.Generator(weights[0].device)
+            # How many steps each weight has taken: none while it is frozen. Read all at once,
+            # because to read a number means to wait for the GPU.
+            taken = torch.stack([self.state[weight]["step"] for weight in weights]).tolist()
+            for i, weight in enumerate(weights):
                 if weight.grad is None:
                     continue
+                step = int(taken[i]) + 1
                 state = self.state[weight]
                 kept = [parallel.local(state[name]) for name in ("exp_avg", "exp_avg_sq")]
                 m, v = (moment.float() for moment in kept)
@@ -44,10 +49,8 @@ class AdamW16(torch.optim.AdamW):
                       [state["step"]], fused=True, amsgrad=False, maximize=False,
                       beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
                       weight_decay=group["weight_decay"], eps=group["eps"])
-                if i == 0:
-                    step = int(state["step"])
                 part, parts = parallel.part(weight)
-                generator.manual_seed((step * len(group["params"]) + i) * parts + part)
+                generator.manual_seed((step * len(weights) + i) * parts + part)
                 for moment, exact in zip(kept, (m, v)):
                     moment.copy_(round_at_random(exact, generator))
 

@@ -363,6 +363,27 @@ def test_bf16_moments_follow_adamw_where_rounded_ones_would_freeze():
     assert 1 - small == pytest.approx(1 - exact, rel=0.01)
 
 
+def test_with_bf16_moments_a_frozen_weight_changes_no_bit_of_the_others():
+    """Random bits are a function of (step, parameter, part), whatever the other parameters do."""
+    def run(frozen):
+        weights = torch.nn.ParameterList(torch.ones(500) for _ in range(3))
+        optimizer = make_optimizer(weights, 1e-2, (0.9, 0.999), bf16_moments=True)
+        for step in range(4):
+            for i, weight in enumerate(weights):
+                weight.grad = None if i in frozen else torch.linspace(0.1, 1 + step, 500)
+            optimizer.step()
+        return [[weight.detach(), optimizer.state[weight]["exp_avg"], optimizer.state[weight]["exp_avg_sq"]]
+                for weight in weights]
+
+    everything = run(frozen=[])
+    for frozen in ([0], [1], [0, 2]):
+        for i, (ours, theirs) in enumerate(zip(run(frozen), everything)):
+            if i in frozen:
+                assert ours[0].eq(1).all() and ours[1].eq(0).all()
+            else:
+                assert all(map(torch.equal, ours, theirs))
+
+
 def test_bf16_moments_resume_to_the_same_bits(corpus, base, tmp_path):
     whole, halves = (command("train_rpt.py", corpus, base, tmp_path / name, bf16_moments=True)
                      for name in ("whole", "halves"))
