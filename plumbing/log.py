@@ -55,17 +55,21 @@ class StepLog:
 
         groups: all that this rank has sampled. update: the metrics of `policy_update`.
         """
-        groups = parallel.gather_lists(groups)
-        metrics = dict(step=step) | rollout_metrics(groups) | update
-        metrics |= self.speed_metrics(metrics, sum(map(count_read_tokens, groups)))
+        # Ranks exchange numbers and a few samples, because 2,048 rollouts of 8,192 tokens would be
+        # 240 MB for each of them to unpack. Rank 0 may have no group.
+        numbers = parallel.gather_lists([in_numbers(group) for group in groups])
+        samples = [in_words(self.tokenizer, group, i) for group in groups[:1]
+                   for i in range(SAMPLES)]
+        samples = parallel.gather_lists(samples)[:SAMPLES]
+        metrics = dict(step=step) | rollout_metrics(numbers) | update
+        metrics |= self.speed_metrics(metrics, sum(group["read"] for group in numbers))
         if parallel.RANK > 0:
             return
         run = self.args.out_dir
         # JSON has no NaN, so a metric that this step could not measure becomes null.
         valid = {name: None if value != value else value for name, value in metrics.items()}
         append(f"{run}/metrics.jsonl", [valid])
-        append(f"{run}/samples.jsonl",
-               [dict(step=step) | in_words(self.tokenizer, groups[0], i) for i in range(SAMPLES)])
+        append(f"{run}/samples.jsonl", [dict(step=step) | sample for sample in samples])
         self.show(step, metrics)
         for warning in self.warnings(metrics):
             print(f"warning: {warning}", file=sys.stderr, flush=True)
@@ -144,32 +148,41 @@ class RolloutBar:
 
 # ---- metrics ----
 
+def in_numbers(group):
+    """What the metrics need to know of a group: a number for each rollout, and tokens read."""
+    tokens = [len(rollout.tokens) for rollout in group.rollouts]
+    return dict(
+        rewards=group.rewards,
+        hits=group.hits,
+        boxes=[None if p is None else len(p) for p in group.predictions],        # bytes
+        tokens=tokens,
+        logprobs=[sum(rollout.logprobs) for rollout in group.rollouts],
+        truncated=[not rollout.finished for rollout in group.rollouts],
+        # By the policy, to sample and score; a prompt counts once.
+        read=len(group.question.prompt) + sum(tokens) + group.scoring_tokens)
+
+
 def rollout_metrics(groups):
-    """Groups of all ranks -> the metrics of their rollouts."""
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    predictions = [prediction for group in groups for prediction in group.predictions]
-    rewards = np.array([group.rewards for group in groups])                      # (N, G)
-    tokens = sum(len(rollout.tokens) for rollout in rollouts)
-    logprobs = sum(sum(rollout.logprobs) for rollout in rollouts)
-    hits = [len(p) for p, reward in zip(predictions, rewards.flat) if reward == 1]
+    """`in_numbers` of the groups of all ranks -> the metrics of their rollouts."""
+    rewards = np.array([group["rewards"] for group in groups])                   # (N, G)
+    boxes, tokens = of_rollouts(groups, "boxes"), sum(of_rollouts(groups, "tokens"))
+    matches = [box for box, reward in zip(boxes, rewards.flat) if box is not None and reward == 1]
     return dict(
         reward=rewards.mean(),
-        accuracy=np.mean([hit for group in groups for hit in group.hits]),
+        accuracy=np.mean(of_rollouts(groups, "hits")),
         reward_std=rewards.std(),
         frac_zero_std=(rewards.std(axis=1) == 0).mean(),
         reward_pass_at_g=rewards.max(axis=1).mean(),
-        match_len=np.mean(hits) if hits else math.nan,
-        format_rate=np.mean([prediction is not None for prediction in predictions]),
+        match_len=np.mean(matches) if matches else math.nan,
+        format_rate=np.mean([box is not None for box in boxes]),
         tokens=tokens,
-        len_mean=tokens / len(rollouts),
-        frac_truncated=np.mean([not rollout.finished for rollout in rollouts]),
-        entropy=-logprobs / tokens)                                              # an estimate
+        len_mean=tokens / len(boxes),
+        frac_truncated=np.mean(of_rollouts(groups, "truncated")),
+        entropy=-sum(of_rollouts(groups, "logprobs")) / tokens)                  # an estimate
 
 
-def count_read_tokens(group):
-    """Tokens that the policy has read to sample and score a group; its prompt counts once."""
-    sampled = sum(len(rollout.tokens) for rollout in group.rollouts)
-    return len(group.question.prompt) + sampled + group.scoring_tokens
+def of_rollouts(groups, name):
+    return [number for group in groups for number in group[name]]
 
 
 def step_line(steps, m, columns=math.inf):

@@ -2,6 +2,7 @@
 import copy
 import json
 import math
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 
 from data.positions import shuffled
 from objectives import Base, Group, Question
+from plumbing import parallel
 from plumbing.batch import Example, cut, pack, split
 from plumbing.checkpoint import cut_log
-from plumbing.log import RolloutBar, StepLog, rollout_metrics, step_line
+from plumbing.log import RolloutBar, StepLog, in_numbers, rollout_metrics, step_line
 from plumbing.optimizer import make_optimizer
 from sample import Rollout
 from tiny import ntp_step
@@ -417,10 +419,33 @@ def test_the_length_of_a_match_is_that_of_predictions_that_earn_a_whole_reward()
     question = Question(prompt=[1], truth=[], context=[], position=0)
     rollouts = [Rollout(tokens=[1, 2], logprobs=[-1.0, -2.0], finished=True) for _ in range(4)]
     hits = [True, False, False, False]
-    metrics = rollout_metrics([Group(question, rollouts, [b"ab", b"abcd", b"abcdefgh", None], [1.0, 1.0, 0.5, 0.0],
-                                     hits)])
+    predictions = [b"ab", b"abcd", b"abcdefgh", None]
+    group = Group(question, rollouts, predictions, [1.0, 1.0, 0.5, 0.0], hits, scoring_tokens=5)
+    assert in_numbers(group)["read"] == 1 + 8 + 5
+    metrics = rollout_metrics([in_numbers(group)])
     assert metrics["reward"] == 0.625 and metrics["accuracy"] == 0.25
     assert metrics["match_len"] == 3 and metrics["format_rate"] == 0.75 and metrics["entropy"] == 1.5
+
+
+def test_ranks_exchange_numbers_and_not_rollouts(monkeypatch, tmp_path):
+    """256 groups of 8 rollouts of 1,000 tokens; then rank 1 has all of them and rank 0 none."""
+    def write(name, groups):
+        (tmp_path / name).mkdir()
+        args = SimpleNamespace(device="cpu", out_dir=tmp_path / name, lr=1.0, steps=1, max_new_tokens=2000)
+        log = StepLog(args, torch.nn.Linear(1, 1), SimpleNamespace(decode_bytes=lambda ids: b"x" * len(ids)))
+        log.seconds = dict(gen=1.0, reward=1.0, train=1.0)
+        log.write(1, groups, dict(trained_tokens=10, logp_gap=0.0, grad_norm=1.0))
+        return [(tmp_path / name / file).read_text() for file in ("metrics.jsonl", "samples.jsonl")]
+
+    rollouts = [Rollout(list(range(1000)), [-0.123456789 - i for i in range(1000)]) for _ in range(8)]
+    question = Question(prompt=[1] * 500, truth=[b" a"], context=[1] * 500, position=0)
+    group = Group(question, rollouts, [b" a"] * 8, [1.0] + [0.0] * 7, [True] + [False] * 7)
+    sent, gather = [], parallel.gather_lists
+    monkeypatch.setattr(parallel, "gather_lists", lambda items: sent.append(items) or gather(items))
+    alone = write("alone", [group] * 256)
+    assert len(pickle.dumps(sent)) < 60_000
+    monkeypatch.setattr(parallel, "gather_lists", lambda items: items + sent.pop(0))
+    assert write("rank 0 of 2", []) == alone
 
 
 def test_a_torn_last_line_and_later_steps_are_cut_from_a_log(tmp_path):
