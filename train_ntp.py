@@ -16,7 +16,6 @@ whatever the micro-batches and ranks. torchrun works as it does for train_rpt.py
 import json
 import math
 import sys
-import time
 from functools import partial
 
 import numpy as np
@@ -238,7 +237,7 @@ if __name__ == "__main__":
     bar = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, desc="ntp",
                disable=parallel.NO_BAR)
     for step in bar:
-        clock = time.perf_counter()
+        start = parallel.clock()
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -249,7 +248,7 @@ if __name__ == "__main__":
         batches = pack(mine, args.tokens_per_micro_batch, device)
         loss, grad_norm = ntp_update(model, optimizer, batches, total_weight, args.grad_clip)
 
-        seconds, tokens = time.perf_counter() - clock, sum(map(count_tokens, examples))
+        seconds, tokens = parallel.clock() - start, sum(map(count_tokens, examples))
         run.step = step + 1
         is_over = run.is_over()
         speed = f"{tokens / seconds:,.0f} tok/s"

@@ -43,12 +43,12 @@ class StepLog:
     def start(self):
         """Begin a step."""
         self.seconds = dict(gen=0.0, reward=0.0, train=0.0)
-        self.clock = time.perf_counter()
+        self.clock = parallel.clock()
 
     def lap(self, phase):
         """Add the slowest rank's time since the last lap to "gen", "reward" or "train"."""
-        self.seconds[phase] += max(parallel.gather_lists([time.perf_counter() - self.clock]))
-        self.clock = time.perf_counter()
+        self.seconds[phase] += max(parallel.gather_lists([parallel.clock() - self.clock]))
+        self.clock = parallel.clock()
 
     def write(self, step, groups, update):
         """Log a step. All ranks call this.

@@ -48,6 +48,13 @@ def start(device):
     return device
 
 
+def clock():
+    """Seconds, once this rank's GPU has done what it was asked: launches only put work in line."""
+    if device_of_rank != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def leave():
     """End the process group and wait: a gloo thread that outlives Python would abort it."""
     dist.destroy_process_group()

@@ -415,6 +415,22 @@ def test_the_bar_shows_rollouts_that_have_ended_and_tokens_a_second(capsys):
     assert bar.bar.disable  # closed
 
 
+@pytest.mark.parametrize("device, seconds", [("cuda:0", dict(gen=0, reward=0, train=7)),
+                                             ("cpu", dict(gen=0, reward=0, train=0))])
+def test_a_lap_waits_for_what_the_gpu_still_has_to_do(monkeypatch, device, seconds):
+    """Launches return at once; seven seconds in line belong to the phase that has put them there."""
+    now, line = [0], []
+    monkeypatch.setattr(parallel, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: now.append(now.pop() + sum(line)) or line.clear())
+    monkeypatch.setattr(parallel, "device_of_rank", device)
+    log = StepLog(SimpleNamespace(device="cpu"), torch.nn.Linear(1, 1), None)
+    log.start()
+    line.append(7)
+    log.lap("train")
+    log.lap("gen")
+    assert log.seconds == seconds
+
+
 def test_the_length_of_a_match_is_that_of_predictions_that_earn_a_whole_reward():
     question = Question(prompt=[1], truth=[], context=[], position=0)
     rollouts = [Rollout(tokens=[1, 2], logprobs=[-1.0, -2.0], finished=True) for _ in range(4)]
