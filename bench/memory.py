@@ -36,6 +36,7 @@ from sample import KV_SHARE, PREFILL_TOKENS, cache_size
 from train_rpt import MAX_NEW_TOKENS, check_prompts_fit
 
 RESERVE = 0.06, 1e9  # share of the memory, and bytes
+FULL = 0.75          # from this share on micro-batches count as well filled
 LARGE = replace(QWEN["1.5B"], vocab_size=152_064, tied_head=False)
 SHAPES = QWEN | {
     "7B": replace(LARGE, width=3584, n_heads=28, n_kv_heads=4, ffn_width=18_944),
@@ -104,6 +105,20 @@ def count_tokens(groups):
     """-> tokens, and those of rollouts."""
     rollouts = sum(sum(rollouts) for _, rollouts in groups)
     return sum(prompt for prompt, _ in groups) + rollouts, rollouts
+
+
+def filled(config, args):
+    """-> share of a micro-batch that groups fill, and the next larger budget that they fill whole.
+
+    A micro-batch holds whole groups; if a group is longer, a prompt and some of its rollouts.
+    """
+    prompt, rollout = lengths(config, args)
+    budget, group = args.tokens_per_micro_batch, prompt + args.rollouts * rollout
+    if group <= budget:
+        empty, more = budget % group, group
+    else:
+        empty, more = (budget - prompt) % rollout, rollout
+    return 1 - empty / budget, budget - empty + more
 
 
 def packed_bytes(config, args):
@@ -286,6 +301,12 @@ def print_plan(config, args):
         print(f"it does not fit; with {' '.join(words)} it does")
     else:
         print("it does not fit; larger or more GPUs, fewer --max-new-tokens, another --kv-gb could")
+    share, fuller = filled(config, args)
+    if share < FULL:
+        larger = Namespace(**vars(args) | dict(tokens_per_micro_batch=fuller))
+        verdict = "fits" if fits(config, larger)[0] else "does not fit"
+        print(f"micro-batches are {share:.0%} full; --tokens-per-micro-batch {fuller} would fill "
+              f"them, and {verdict}")
 
 
 def print_table(args):

@@ -189,6 +189,21 @@ def test_a_prompt_without_room_is_refused():
         memory.update(SHAPES[0], flags("--max-new-tokens 256"))
 
 
+@pytest.mark.parametrize("words, share, fuller", [
+    ("--max-prompt-tokens 1024 --max-new-tokens 1024", 9 / 16, 2 * 9216),        # one group of 9
+    ("--max-prompt-tokens 1024 --max-new-tokens 1024 --rollouts 4", 15 / 16, 4 * 5120),
+    ("--max-prompt-tokens 1024", 9 / 16, 1024 + 2 * 8192),                       # one rollout
+    ("", 12 / 16, 4096 + 2 * 8192)])
+def test_micro_batches_that_groups_do_not_fill_are_named(capsys, words, share, fuller):
+    args = flags(f"--init . {words}")
+    assert memory.filled(SEVEN, args) == (share, fuller)
+    args.tokens_per_micro_batch = fuller
+    assert memory.filled(SEVEN, args)[0] == 1
+    memory.print_plan(SEVEN, flags(f"--init . --gpu-gb 300 {words}"))
+    line = f"micro-batches are {share:.0%} full; --tokens-per-micro-batch {fuller} would fill them, and fits\n"
+    assert (line in capsys.readouterr().out) == (share < 0.75)
+
+
 def test_flags_have_the_defaults_of_train_rpt():
     theirs = vars(train_rpt.parse_args(["--init", ".", "--out-dir", ".", "--device", "cuda"]))
     for name, value in vars(memory.parse_args(["--init", "."])).items():
