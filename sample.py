@@ -36,10 +36,12 @@ from plumbing.batch import cut, flatten
 
 PREFILL_TOKENS = 8192   # in one forward pass over prompts; bounds its memory
 REFILL_SHARE = 1 / 16   # of the rows have to be idle before a refill, so that prefills are large
-PROMPT_STEP = 256       # on a GPU slots have a multiple of this many tokens
 MAX_NEW_TOKENS = 256    # of the command line, unless it says otherwise
 # How many tokens to decode before checking for finished rows; each check synchronises the GPU.
 CHUNK = dict(cpu=1, cuda=16)
+# A slot's tokens are a multiple of this: the caches of a step then fit where those of the last step
+# were.
+SLOT_STEP = dict(cpu=1, cuda=256)
 # Once nothing waits and fewer rows than this share are busy, drop the idle ones. On a GPU each time
 # takes a new graph; 0.5 needs half as many of them as 0.75, for nearly as many steps.
 BUSY_SHARE = dict(cpu=0.75, cuda=0.5)
@@ -303,10 +305,7 @@ class Cache:
     def __init__(self, model, prompts, n, max_new_tokens, max_rows, kv_gb):
         config, dtype, device = model.config, model.compute_dtype, model.device
         Hkv, K = config.n_kv_heads, config.head_dim
-        P = max(map(len, prompts))
-        if device.type == "cuda":
-            # Caches of equal sizes in every step fit where those of the last step were.
-            P = math.ceil(P / PROMPT_STEP) * PROMPT_STEP
+        P = slot_size(max(map(len, prompts)), device.type)
         # The last token of a rollout is never fed back, so it needs no place.
         self.R = max(1, max_new_tokens - 1)
         token_bytes = 2 * config.n_layers * Hkv * K * dtype.itemsize
@@ -387,6 +386,10 @@ def check_request(model, prompts, n, max_new_tokens, temperature, stop_ids):
         if len(prompt) + max_new_tokens > positions:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones "
                              f"that is more than the model's {positions} positions")
+
+
+def slot_size(longest_prompt, device_type):
+    return math.ceil(longest_prompt / SLOT_STEP[device_type]) * SLOT_STEP[device_type]
 
 
 def cache_size(N, n, P, R, token_bytes, max_rows, budget):
