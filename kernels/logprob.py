@@ -15,9 +15,9 @@ live in registers, a tile at a time, and the backward pass computes them again:
 A split is SPLIT tokens long however many rows or processors there are, so that a row's bits do not
 depend on them. Sampling is the same scan: it draws a tile of BN tokens by the sums of their e^x,
 then a second kernel computes the logits of this tile again and draws the token. So random numbers
-are made for tiles and for one tile's tokens; made for each logit, they took a third of the time. The
-backward pass cuts the vocabulary into chunks, not the rows, because every chunk of rows would read
-and write all 0.9 GB of an fp32 dW.
+are made for tiles and for one tile's tokens; made for each logit, they took a third of the time.
+The backward pass cuts the vocabulary into chunks, not the rows, because every chunk of rows would
+read and write all 0.9 GB of an fp32 dW.
 """
 import torch
 from torch.utils.checkpoint import checkpoint
