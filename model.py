@@ -62,8 +62,8 @@ class Linear(nn.Linear):
     """Weights may be fp32 masters while activations are bf16: `linear` casts the weights."""
     joined = None   # weight and bias of this layer and those behind it that read the same x
 
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
+    def forward(self, x, residual=None):
+        return linear(x, self.weight, self.bias, residual)
 
 
 def products(x, *layers):
@@ -110,13 +110,13 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(K, config.norm_eps) if has_norm else nn.Identity()
         self.k_norm = RMSNorm(K, config.norm_eps) if has_norm else nn.Identity()
 
-    def forward(self, x, rope, attend):
+    def forward(self, x, rope, attend, residual):
         q, k, v = products(x, self.q_proj, self.k_proj, self.v_proj)
         q = q.unflatten(-1, (-1, self.head_dim))                             # (T, H, K)
         k = k.unflatten(-1, (-1, self.head_dim))                             # (T, Hkv, K)
         v = v.unflatten(-1, (-1, self.head_dim))                             # (T, Hkv, K)
         q, k = rotate(self.q_norm(q), self.k_norm(k), *rope)
-        return self.o_proj(attend(q, k, v).flatten(1))
+        return self.o_proj(attend(q, k, v).flatten(1), residual)
 
 
 class MLP(nn.Module):
@@ -126,8 +126,8 @@ class MLP(nn.Module):
         self.up_proj = Linear(config.width, config.ffn_width, bias=False)
         self.down_proj = Linear(config.ffn_width, config.width, bias=False)
 
-    def forward(self, x):
-        return self.down_proj(swiglu(*products(x, self.gate_proj, self.up_proj)))
+    def forward(self, x, residual):
+        return self.down_proj(swiglu(*products(x, self.gate_proj, self.up_proj)), residual)
 
 
 class Block(nn.Module):
@@ -139,8 +139,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, rope, attend):
-        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        # Both parts add what they find to x: their last product does it on its way to memory.
+        x = self.self_attn(self.input_layernorm(x), rope, attend, residual=x)
+        return self.mlp(self.post_attention_layernorm(x), residual=x)
 
 
 class GPT(nn.Module):

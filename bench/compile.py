@@ -152,7 +152,8 @@ def launch_everything(backend):
         if backend == "bitwise":
             for N in (256, 16_384):
                 linear.linear(floats(N, D), floats(F, D), floats(F))
-                linear.linear(floats(N, F), floats(D, F))
+                linear.linear(floats(N, F), floats(D, F), residual=floats(N, D))
+                linear.linear(floats(N, D), floats(F, D))
             linear.linear(floats(256, D), floats(Hkv * K, D))
         cos, sin = torch.empty(2, 256, 1, K // 2, device="meta")
         q, k = pointwise.rotate(floats(256, H, K), floats(256, Hkv, K), cos, sin)

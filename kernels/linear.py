@@ -49,10 +49,10 @@ def tile(N, O, dtype):
 # ---- kernel ----
 
 @triton.jit(do_not_specialize=["N"])
-def linear_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, N, O, D, BIAS: tl.constexpr,
-                  ACROSS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                  PRECISION: tl.constexpr):
-    """out (N, O) = x (N, D) @ weight (O, D).T + bias: one tile of it."""
+def linear_kernel(x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, N, O, D, BIAS: tl.constexpr,
+                  RESIDUAL: tl.constexpr, ACROSS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                  BK: tl.constexpr, PRECISION: tl.constexpr):
+    """out (N, O) = residual (N, O) + (x (N, D) @ weight (O, D).T + bias): one tile of it."""
     # Tiles are numbered in bands of ACROSS row tiles, down the columns of each band.
     program, row_tiles, column_tiles = tl.program_id(0), tl.cdiv(N, BM), tl.cdiv(O, BN)
     band = program // (ACROSS * column_tiles) * ACROSS
@@ -73,34 +73,46 @@ def linear_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, N, O, D, BIAS: tl.conste
         total = tl.dot(x, w.T, total, input_precision=PRECISION)
     if BIAS:
         total += tl.load(bias_ptr + columns, mask=columns < O, other=0.0).to(tl.float32)[None, :]
-    at = out_ptr + rows.to(tl.int64)[:, None] * O + columns[None, :]
-    tl.store(at, total.to(out_ptr.dtype.element_ty), mask=real_rows & (columns[None, :] < O))
+    at = rows.to(tl.int64)[:, None] * O + columns[None, :]
+    inside, out = real_rows & (columns[None, :] < O), total.to(out_ptr.dtype.element_ty)
+    if RESIDUAL:
+        # Rounded twice, as two operations of torch would.
+        out = tl.load(residual_ptr + at, mask=inside, other=0.0) + out
+    tl.store(out_ptr + at, out, mask=inside)
 
 
 # ---- launch ----
 
-def launch_linear(x, weight, bias):
+def launch_linear(x, weight, bias, residual):
     x, weight = x.contiguous(), weight.contiguous()
+    residual = None if residual is None else residual.contiguous()
     (N, D), O = x.shape, weight.shape[0]
     out = torch.empty(N, O, dtype=x.dtype, device=x.device)
     if N:
         BM, BN, warps, stages = tile(N, O, x.dtype)
         linear_kernel[triton.cdiv(N, BM) * triton.cdiv(O, BN),](
-            x, weight, bias, out, N, O, D, bias is not None, ACROSS, BM, BN, BK,
-            kernels.dot_precision(x), **kernels.launch_options("bitwise", warps, stages))
+            x, weight, bias, residual, out, N, O, D, bias is not None, residual is not None,
+            ACROSS, BM, BN, BK, kernels.dot_precision(x),
+            **kernels.launch_options("bitwise", warps, stages))
     return out
 
 
 class Linear(torch.autograd.Function):
-    """F.linear; the bitwise backend runs linear_kernel forward, every backward pass is torch's."""
+    """`linear_kernel` or cuBLAS forward; backward always torch's products."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, backend):
+    def forward(ctx, x, weight, bias, residual, backend):
         cast = weight.to(x.dtype)
         ctx.save_for_backward(x, cast)
-        ctx.dtype, ctx.has_bias = weight.dtype, bias is not None
+        ctx.dtype = weight.dtype
+        ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
         bias = None if bias is None else bias.to(x.dtype)
-        return launch_linear(x, cast, bias) if backend == "bitwise" else F.linear(x, cast, bias)
+        if backend == "bitwise":
+            return launch_linear(x, cast, bias, residual)
+        if residual is not None and bias is None:
+            return torch.addmm(residual, x, cast.T)  # cuBLAS adds it in the same launch
+        out = F.linear(x, cast, bias)
+        return out if residual is None else residual + out
 
     @staticmethod
     def backward(ctx, grad):
@@ -114,7 +126,7 @@ class Linear(torch.autograd.Function):
             dweight = product(grad.T, x) if is_master else grad.T @ x
         if ctx.has_bias:
             dbias = grad.sum(dim=0, dtype=ctx.dtype)
-        return dx, dweight, dbias, None
+        return dx, dweight, dbias, grad if ctx.has_residual else None, None
 
 
 def product(a, b):
@@ -126,12 +138,13 @@ def product(a, b):
 
 # ---- what the model calls ----
 
-def linear(x, weight, bias=None):
-    """x (N, D), weight (O, D), bias (O,) -> (N, O), computed in x's dtype.
+def linear(x, weight, bias=None, residual=None):
+    """x (N, D), weight (O, D), bias (O,) -> (N, O), computed in x's dtype; plus residual (N, O).
 
     weight and bias may be fp32 masters beside a bf16 x; their gradients are then fp32 as well.
     """
     backend = kernels.backend(x.device)
-    if backend == "torch":
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    return Linear.apply(x, weight, bias, backend)
+    if backend != "torch":
+        return Linear.apply(x, weight, bias, residual, backend)
+    out = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return out if residual is None else residual + out

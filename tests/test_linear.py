@@ -67,11 +67,17 @@ def exact_swiglu(gate, up):
     return gate / (1 + (-gate).exp()) * up
 
 
+def plus_residual(x, weight, residual):
+    return linear(x, weight, residual=residual)
+
+
 # The operation, its formula for fp64, the shapes of its inputs.
 CASES = {
     "linear": (linear, F.linear, [(70, 96), (150, 96), (150,)]),
     "linear, odd sizes": (linear, F.linear, [(65, 33), (129, 33), (129,)]),
     "no bias": (linear, F.linear, [(1, 64), (128, 64)]),
+    "residual": (plus_residual, lambda x, weight, residual: residual + x @ weight.T,
+                 [(70, 33), (129, 33), (70, 129)]),
     "rms_norm": (norm, exact_norm, [(5, 48), (48,)]),
     "rms_norm of heads": (norm, exact_norm, [(5, 3, 16), (16,)]),
     "rotate": (turned, exact_turned, [(40, 3, 16), (40, 1, 16)]),
@@ -191,3 +197,17 @@ def test_the_gradient_of_an_fp32_master_is_never_rounded_to_bf16(use_kernels, ba
     assert dweight.dtype == dbias.dtype == torch.float32
     assert error(dweight, dout.T @ x.double()) < 1e-6     # rounded to bf16 it would be 2e-3
     assert error(dbias, dout.sum(dim=0)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_residual_is_added_with_the_bits_of_an_addition_of_its_own(use_kernels, dtype):
+    inputs = [random(*shape, dtype=dtype, seed=i) for i, shape in enumerate([(70, 33), (129, 33), (70, 129)])]
+    x, weight, residual = inputs
+    assert torch.equal(linear(x, weight, residual=residual), residual + linear(x, weight))
+    for backend in ("fast", "torch"):
+        use_kernels(backend)
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        out, expected = plus_residual(*inputs), inputs[2].double() + inputs[0].double() @ inputs[1].double().T
+        assert error(out, expected) < DTYPES[dtype]
+        assert all(error(a, b) < 3 * DTYPES[dtype]
+                   for a, b in zip(gradients(out, inputs), gradients(expected, inputs)))
