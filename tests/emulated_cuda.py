@@ -381,7 +381,7 @@ def main():
     sys.path[:1] = [os.path.dirname(script), ROOT]
     install()
     import sample
-    sample.CHUNK["cuda"] = 4  # interpreted steps are slow, and most rollouts are short
+    sample.CHUNK["cuda"] = 2  # interpreted steps are slow, and most rollouts are short
     try:
         with EmulatedDevice():
             runpy.run_path(script, run_name="__main__")

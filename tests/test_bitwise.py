@@ -11,11 +11,12 @@ from sample import generate
 from plumbing.batch import flatten
 
 
-def tiny_model(family, dtype, K):
+def tiny_model(family, dtype, K, **shape):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = GPT(GPTConfig(vocab_size=150, width=48, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=K, ffn_width=72,
-                              max_positions=128, family=family, tied_head=family != "qwen3"), dtype)
+        shape = dict(vocab_size=150, width=48, n_layers=2, n_heads=4, n_kv_heads=2, ffn_width=72) | shape
+        model = GPT(GPTConfig(**shape, head_dim=K, max_positions=128, family=family,
+                              tied_head=family != "qwen3"), dtype)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim == 2 or name.endswith("bias"):
@@ -26,6 +27,11 @@ def tiny_model(family, dtype, K):
 def gaps(model, prompts, G, max_new_tokens, **options):
     """|sampler - trainer| for every token of a batch of rollouts."""
     rollouts = generate(model, prompts, G, max_new_tokens, 0.8, range(0, 150, 10), (3, 1), **options)
+    return drift(model, prompts, rollouts)
+
+
+def drift(model, prompts, rollouts):
+    """|sampler - trainer| for every token of these rollouts, sampled at temperature 0.8."""
     groups = [(prompt, [rollout.tokens for rollout in group]) for prompt, group in zip(prompts, rollouts)]
     tokens, layout = flatten(groups, model.device)
     with torch.no_grad():
