@@ -1,13 +1,17 @@
 """A GPU's first minutes: does everything run on it, is it right, where does the time go?
 
-    python bench/gpu_check.py                       # all steps, about 8 minutes on an H100
-    python bench/gpu_check.py --steps env,gap,rpt   # some of them
-    python bench/gpu_check.py --plan                # what the steps ask, and how long they may take
+    python bench/gpu_check.py                       # about 8 minutes on an H100
+    python bench/gpu_check.py --steps env,gap,rpt   # other steps than the usual ones
+    python bench/gpu_check.py --plan                # what the steps ask, and how long they take
+    python bench/gpu_check.py --tiny                # without a GPU: a rehearsal of every step
 
 The most valuable facts come first. A step is a process of its own with a limit, so that one that
 fails or hangs costs the others nothing; a result that is not right fails its step. Each fact is a
 line of facts.jsonl in --out-dir, written at once, so that a kill loses nothing; the output of all
 steps is in log.txt.
+
+A rehearsal takes tiny shapes and the emulated device of tests/emulated_cuda.py. Its times mean
+nothing; what it finds are mistakes that would have cost the time on a GPU.
 
 `rpt` trains the base of the demo, which stages 1 to 3 of `python demo.py` make.
 """
@@ -23,6 +27,7 @@ import time
 from functools import partial
 from pathlib import Path
 from threading import Timer
+from types import SimpleNamespace
 
 import torch
 
@@ -42,12 +47,13 @@ from plumbing.checkpoint import latest_checkpoint
 
 SMALL = dict(vocab_size=2000, width=256, n_layers=2, n_heads=4, n_kv_heads=2, ffn_width=512,
              max_positions=2048)
-TINY = dict(vocab_size=150, width=48, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16,
+TINY = dict(vocab_size=150, width=48, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=16,
             ffn_width=72, max_positions=128)
 KERNEL_TESTS = ["test_linear", "test_decode", "test_attention_kernel", "test_logprob_kernel",
                 "test_bitwise"]
 BF16 = torch.bfloat16
-is_tiny = False    # --tiny: the shapes of a rehearsal
+EMULATOR = ["tests/emulated_cuda.py"]
+is_tiny = False    # --tiny: a rehearsal
 out_dir = Path()   # of facts.jsonl
 
 
@@ -87,6 +93,7 @@ def time_ms(call, repeats=20, warmup=3):
 def time_by_kernel(call, count=16):
     """-> [(kernel, launches, ms), ...] of one call, the longest first; graph nodes are kernels."""
     if is_tiny:
+        call()
         return []
     from torch.profiler import ProfilerActivity, profile
     call()
@@ -99,9 +106,9 @@ def time_by_kernel(call, count=16):
     return sorted(rows, key=lambda row: -row[2])[:count]
 
 
-def random_model(config, compute_dtype=BF16, weight_dtype=BF16):
+def random_model(config, compute_dtype=BF16, weight_dtype=BF16, device="cuda"):
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device(device):
         return GPT(config, compute_dtype).to(weight_dtype)
 
 
@@ -130,12 +137,15 @@ def env():
 
 def tests():
     """The kernels against fp64, compiled instead of interpreted."""
-    run_pytest([f"tests/{name}.py" for name in KERNEL_TESTS])
+    files = [f"tests/{name}.py" for name in KERNEL_TESTS]
+    run_pytest(["tests/test_linear.py", "-k", "order_of_programs"] if is_tiny else files)
 
 
 def sizes():
     """What only a GPU can show: sizes past 2^31, long ragged groups."""
-    run_pytest(["tests/test_gpu.py", "-k", "not sanitizer"])
+    # A rehearsal imports the file; its tests are skipped, and one of another file is not.
+    more = ["tests/test_linear.py", "-k", "test_gpu or not_tf32"] if is_tiny else []
+    run_pytest(["tests/test_gpu.py", *more])
 
 
 def run_pytest(words):
@@ -158,7 +168,8 @@ def gap():
     n, longest, rows, count, prompt_len = 8, 200, 40, 12, 700
     shape = SMALL
     if is_tiny:
-        n, longest, rows, count, prompt_len, shape = 3, 8, 4, 3, 12, TINY
+        n, longest, rows, count, prompt_len, shape = 3, 6, 4, 3, 9, TINY
+        cases = cases[2:3] + cases[4:]
     rng = random.Random(0)
     prompts = [[rng.randrange(150) for _ in range(rng.randint(1, prompt_len))]
                for _ in range(count)]
@@ -194,26 +205,35 @@ def gap():
 
 
 def fsdp():
-    """FSDP2 over one rank of NCCL: streams, bf16 casts, custom autograd functions, checkpoints."""
+    """FSDP2 over one rank of NCCL: streams, bf16 casts, custom autograd functions, checkpoints.
+
+    A rehearsal takes gloo, on the CPU, because FSDP2 asks C++ for its devices.
+    """
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
                                         register_fsdp_forward_method)
     os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511", RANK="0", WORLD_SIZE="1")
-    dist.init_process_group("nccl", device_id=torch.device("cuda:0"))
-    mesh = init_device_mesh("cuda", (1,))
+    device, groups, config = "cuda", [(70, [50, 30])], GPTConfig(**SMALL, head_dim=64)
+    if is_tiny:
+        device, groups, config = "cpu", [(7, [5, 3])], GPTConfig(**TINY)
+    config.family = "qwen2"
+    dist.init_process_group("gloo" if is_tiny else "nccl",
+                            device_id=None if is_tiny else torch.device("cuda:0"))
+    mesh = init_device_mesh(device, (1,))
     policy = MixedPrecisionPolicy(BF16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     kernels.set_backend("bitwise")
-    layout = make_layout([(70, [50, 30])], "cuda")
+    layout = make_layout(groups, device)
+    tokens = torch.arange(len(layout.positions), device=device)
     gradients = []
     for sharded in (False, True):
-        model = random_model(GPTConfig(**SMALL, head_dim=64, family="qwen2"), BF16, torch.float32)
+        model = random_model(config, BF16, torch.float32, device)
         if sharded:
             model.checkpoint_activations = True
             for module in (*model.layers, model):
                 fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
             register_fsdp_forward_method(model, "logprobs")
-        model.logprobs(torch.arange(150, device="cuda"), layout, 0.8).sum().backward()
+        model.logprobs(tokens, layout, 0.8).sum().backward()
         whole = (weight.grad for weight in model.parameters())
         gradients.append([getattr(grad, "full_tensor", lambda: grad)() for grad in whole])
     off = [((ours - alone).norm() / alone.norm()).item() for alone, ours in zip(*gradients)]
@@ -222,19 +242,25 @@ def fsdp():
     check(max(off) < 0.01, "gradients differ")  # FSDP2 rounds them to bf16
 
 
-def rpt(steps=40):
+def rpt():
     """A real run: reward up, gap 0.0 in every step, save and resume."""
-    base = latest_checkpoint("runs/demo/base")
+    base, corpus = latest_checkpoint("runs/demo/base"), "runs/demo/corpus"
+    batch_size, n, new, steps, more_steps, script = 32, 8, 64, 40, 5, ["train_rpt.py"]
+    if is_tiny:
+        from tests.tiny import make
+        (out_dir / "tiny").mkdir(exist_ok=True)
+        base, corpus = (make(out_dir / "tiny") / name for name in ("base", "corpus"))
+        batch_size, n, new, steps, more_steps, script = 2, 3, 6, 2, 1, EMULATOR + ["train_rpt.py"]
     if not base:
         raise ValueError("runs/demo/base: no checkpoint; stages 1 to 3 of python demo.py make it")
     run_dir = out_dir / "rpt"
     shutil.rmtree(run_dir, ignore_errors=True)  # of an earlier check
-    words = ("--template short --entropy-threshold 0.5 --batch-size 32 --rollouts 8 "
-             "--max-new-tokens 64 --temperature 1.0 --lr 1e-4 --grad-clip 1.0 --save-every 20 "
-             f"--init {base} --corpus runs/demo/corpus --out-dir {run_dir}").split()
-    for last, more in ((steps, []), (steps + 5, ["--resume"])):
+    words = (f"--template short --entropy-threshold 0.5 --batch-size {batch_size} --rollouts {n} "
+             f"--max-new-tokens {new} --temperature 1.0 --lr 1e-4 --grad-clip 1.0 --save-every "
+             f"{steps // 2} --init {base} --corpus {corpus} --out-dir {run_dir}").split()
+    for last, more in ((steps, []), (steps + more_steps, ["--resume"])):
         begun = time.time()
-        subprocess.run([sys.executable, "train_rpt.py", *words, "--steps", str(last), *more],
+        subprocess.run([sys.executable, *script, *words, "--steps", str(last), *more],
                        cwd=flags.ROOT, check=True)
         lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         metrics = [json.loads(line) for line in lines]
@@ -242,8 +268,8 @@ def rpt(steps=40):
         say("RPT run", steps=len(metrics), wall_s=round(time.time() - begun, 1), rewards=rewards,
             largest_gap=max(step["logp_gap"] or 0 for step in metrics), last_step=metrics[-1])
     check(not any(step["logp_gap"] for step in metrics), "logp_gap is not 0")
-    check(len(rewards) == steps + 5, "the run was not resumed where it had ended")
-    check(sum(rewards[-10:]) > sum(rewards[:10]), "the reward has not risen")
+    check(len(rewards) == steps + more_steps, "the run was not resumed where it had ended")
+    check(is_tiny or sum(rewards[-10:]) > sum(rewards[:10]), "the reward has not risen")
 
 
 # ---- where does the time go? ----
@@ -280,8 +306,7 @@ def decode():
                     tokens_per_s=B / ms * 1e3, floor_ms=floor, share_of_floor=floor / ms,
                     capture_s=seconds, kernels=time_by_kernel(decode_step))
             del cache, decode_step
-            if not is_tiny:
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
 
 
 def rollouts():
@@ -329,10 +354,9 @@ def update():
 
             forward_backward()
             ms, forward_ms = time_ms(forward_backward, 3, 1), time_ms(forward, 3, 1)
-            peak = 0 if is_tiny else torch.cuda.max_memory_allocated() / 1e9
             say("micro-batch", model=title, backend=backend, tokens=len(tokens), ms=ms,
                 forward_ms=forward_ms, tokens_per_s=len(tokens) / ms * 1e3, mfu=least / ms,
-                peak_gb=peak, kernels=time_by_kernel(forward_backward, 24))
+                peak_gb=torch.cuda.max_memory_allocated() / 1e9, kernels=time_by_kernel(forward_backward, 24))
             model.zero_grad()
 
 
@@ -395,8 +419,11 @@ def backward():
                        (128, 64, 8, 2), (64, 128, 8, 3)],
                "dq": [(128, 64, 8, 2), (128, 64, 8, 3)],
                "forward": [(128, 64, 8, 3), (128, 128, 8, 2)]}
+    heads = (12, 2, 128), (9, 3, 64)
+    if is_tiny:
+        groups, heads = [(9, [5, 3])], [(2, 1, 64)]
     kernels.set_backend("fast")
-    for H, Hkv, K in ((12, 2, 128), (9, 3, 64)):
+    for H, Hkv, K in heads:
         layout = make_layout(groups, "cuda")
         q, k, v = (torch.randn(len(layout.positions), heads, K, device="cuda").to(BF16)
                    .requires_grad_() for heads in (H, Hkv, Hkv))
@@ -411,7 +438,7 @@ def backward():
                 try:
                     times = {name: ms for name, _, ms in time_by_kernel(forward_backward)}
                     found.append((tile, times.get(f"{part}_kernel")))
-                except Exception as error:
+                except Exception as error:  # as in `tiles`
                     found.append((tile, str(error)[:60]))
             attention_module.BLOCKS[K] = usual
             say("tiles of attention", part=part, H=H, Hkv=Hkv, K=K, BM_BN_warps_stages_ms=found)
@@ -435,20 +462,88 @@ def head():
 
 def speed():
     """Attention, decoding, log-probs and sampling beside their alternatives: bench/kernels.py."""
-    subprocess.run([sys.executable, "bench/kernels.py", "--quick", "--rows", "3,1,2,5,4",
-                    "--minutes", "1.5", "--json", str(out_dir / "kernels.json")],
-                   cwd=flags.ROOT, check=True)
+    path = out_dir / "kernels.json"
+    if is_tiny:
+        rehearse_speed(path)
+    else:
+        subprocess.run([sys.executable, "bench/kernels.py", "--quick", "--rows", "3,1,2,5,4",
+                        "--minutes", "1.5", "--json", str(path)], cwd=flags.ROOT, check=True)
+    ours = [record for record in json.loads(path.read_text(encoding="utf-8"))["results"]
+            if record["method"] in ("fast", "bitwise")]
+    off = [record for record in ours if record.get("wrong") or "reason" in record]
+    check(ours and not off, f"wrong, or does not run: {off}")
 
 
-# name: (function, limit in seconds)
-STEPS = {"env": (env, 60), "tests": (tests, 120), "gap": (gap, 90), "fsdp": (fsdp, 60),
-         "rpt": (rpt, 150), "decode": (decode, 90), "update": (update, 90), "tiles": (tiles, 60),
-         "backward": (backward, 60), "head": (head, 30), "rollouts": (rollouts, 60),
-         "sizes": (sizes, 90), "speed": (speed, 120)}
+def rehearse_speed(path):
+    """bench/kernels.py with tiny shapes, each call once."""
+    from bench import kernels as bench
+    shapes = [("tiny", 20), ("tiny", 18, 2, 8), ("tiny", 4, 2, 20, 24), (40, 32), (8, 32)]
+    bench.HEADS["tiny"] = 2, 1, 16
+    bench.PACK, bench.VOCABULARY, bench.CHUNK = 40, 300, 16
+    bench.ROWS = {number: (title, build, [shape])
+                  for shape, (number, (title, build, _)) in zip(shapes, bench.ROWS.items())}
+    # Triton's clock needs a driver.
+    kernels.triton.testing.do_bench = lambda call, **_: time_ms(call)
+    args = SimpleNamespace(rows=list(bench.ROWS), quick=True, minutes=5, json=str(path))
+    bench.run(args, torch.device("cuda"), torch.float32)
+
+
+# ---- memory ----
+
+def launches():
+    """Every kernel at ragged shapes, forward and backward, without graphs."""
+    shape = TINY if is_tiny else SMALL | dict(head_dim=64)
+    # Without torch's allocator of memory there are no graphs.
+    sample.make_step = partial(partial, sample.step)
+    for backend in ("fast", "bitwise"):
+        kernels.set_backend(backend)
+        for dtype in (BF16, torch.float32):
+            model = random_model(GPTConfig(**shape, family="qwen3"), dtype, torch.float32)
+            layout = make_layout([(13, [5, 3]), (1, [2])], model.device)
+            tokens = torch.arange(len(layout.positions), device=model.device)
+            model.logprobs(tokens, layout, 0.8).sum().backward()
+            [group, _] = sample.generate(model, [[1, 2, 3], [4]], 2, 3, 0.8, [], 0, max_rows=3)
+            say("launches", backend=backend, dtype=dtype, tokens=group[0].tokens)
+
+
+def sanitizer():
+    """Does any kernel read or write outside its tensors? If compute-sanitizer is installed."""
+    if not shutil.which("compute-sanitizer"):
+        say("sanitizer", result="compute-sanitizer is not installed")
+        return
+    # Torch's allocator cuts tensors from larger blocks, whose inside nobody guards.
+    environment = os.environ | dict(PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    ran = subprocess.run(
+        ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable,
+         __file__, "--out-dir", str(out_dir), "--in-this-process", "launches"],
+        cwd=flags.ROOT, env=environment, text=True, stdout=subprocess.PIPE)
+    print(ran.stdout[-6000:])
+    say("sanitizer", result=ran.stdout.strip().splitlines()[-1])
+    check(ran.returncode == 0, "memory errors")
+
+
+# name: (function, seconds that it took on an H100, limit in seconds)
+STEPS = {"env": (env, 12, 60), "tests": (tests, 45, 120), "gap": (gap, 45, 90),
+         "fsdp": (fsdp, 25, 60), "rpt": (rpt, 45, 150), "decode": (decode, 60, 90),
+         "update": (update, 45, 90), "head": (head, 10, 30), "rollouts": (rollouts, 45, 60),
+         "sizes": (sizes, 60, 90), "speed": (speed, 80, 120), "tiles": (tiles, 35, 60),
+         "backward": (backward, 30, 60), "launches": (launches, None, 60),
+         "sanitizer": (sanitizer, None, 300)}
+# Only for who changes tiles, or of unknown length.
+NOT_USUAL = {"tiles", "backward", "launches", "sanitizer"}
+
+
+def print_plan():
+    for name, (function, expected, limit) in STEPS.items():
+        text = (function.__doc__ or "Versions, bandwidth, FLOP/s, a launch.").splitlines()[0]
+        star = "*" if name in NOT_USUAL else " "
+        print(f"{name:9}{star} {expected or '?':>3} s, at most {limit:3} s   {text}")
+    total = sum(expected for name, (_, expected, _) in STEPS.items() if name not in NOT_USUAL)
+    print(f"together  {total:4} s on an H100, without those marked *")
 
 
 def run_step(name):
-    function, _ = STEPS[name]
+    function, *_ = STEPS[name]
     try:
         function()
     except Exception as error:
@@ -460,11 +555,15 @@ def run_steps(names):
     """Each in a process of its own -> exit code: 0 if none failed."""
     log, rows = open(out_dir / "log.txt", "a", encoding="utf-8"), []
     for name in names:
-        _, limit = STEPS[name]
+        *_, limit = STEPS[name]
         start = time.monotonic()
-        command = [sys.executable, __file__, "--out-dir", str(out_dir), "--in-this-process", name]
-        child = subprocess.Popen(command + ["--tiny"] * is_tiny, cwd=flags.ROOT, text=True,
-                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        command = [__file__, "--out-dir", str(out_dir), "--in-this-process", name]
+        environment = dict(os.environ)
+        if is_tiny:
+            command = (EMULATOR if name != "fsdp" else []) + command + ["--tiny"]
+            environment |= dict(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+        child = subprocess.Popen([sys.executable, *command], cwd=flags.ROOT, env=environment,
+                                 text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                  start_new_session=True)
         timer = Timer(limit, lambda: os.killpg(child.pid, 9))
         timer.start()
@@ -475,8 +574,11 @@ def run_steps(names):
         timer.cancel()
         seconds = time.monotonic() - start
         code = child.wait()
-        result = "ok" if code == 0 else "over its limit" if code == -9 else f"failed ({code})"
+        result = "ok" if code == 0 else f"failed ({code})"
+        if code == -9 and seconds >= limit:
+            result = "over its limit"
         rows.append((name, seconds, result))
+        say("step", step=name, seconds=round(seconds, 1), result=result)
         print(f"=== {name}: {result} after {seconds:.0f} s\n", flush=True)
     print("\n| step | seconds | result |\n|---|---|---|")
     for name, seconds, result in rows:
@@ -487,31 +589,37 @@ def run_steps(names):
 def parse_args():
     parser = flags.Parser("A GPU's first minutes: is everything right, where does the time go?")
     add = parser.add_argument
-    add("--steps", default=",".join(STEPS), help="some of them, with commas between")
-    add("--plan", action="store_true", help="print the steps and their limits, run nothing")
+    add("--steps", help="some of them, with commas between; default: see --plan, in a rehearsal all")
+    add("--plan", action="store_true", help="print the steps and their times, run nothing")
     add("--out-dir", default="runs/gpu_check", help="folder of facts.jsonl and log.txt")
-    add("--tiny", action="store_true", help="tiny shapes, to rehearse the steps")
+    add("--tiny", action="store_true",
+        help="rehearse the steps with tiny shapes, on an emulated device")
     add("--in-this-process", choices=STEPS, metavar="STEP", help="only this step, without a limit")
     args = parser.parse_args()
+    usual = [name for name in STEPS if args.tiny or name not in NOT_USUAL]
+    args.steps = args.steps or ",".join(usual)
     if not set(args.steps.split(",")) <= STEPS.keys():
         raise ValueError(f"--steps {args.steps}: expected some of {','.join(STEPS)}")
     return args
 
 
-if __name__ == "__main__":
-    sys.excepthook = flags.speak_once
+def main():
+    """-> exit code"""
+    global is_tiny, out_dir
     args = parse_args()
     is_tiny, out_dir = args.tiny, Path(args.out_dir).resolve()
     if args.plan:
-        for name, (function, limit) in STEPS.items():
-            text = (function.__doc__ or "Versions, bandwidth, FLOP/s, a launch.").splitlines()[0]
-            print(f"{name:9} at most {limit:3} s   {text}")
-        sys.exit(0)
-    if not torch.cuda.is_available():
-        raise ValueError("this checks a GPU, and torch finds none (CUDA)")
+        return print_plan()
+    if not is_tiny and not torch.cuda.is_available():
+        raise ValueError("this checks a GPU, and torch finds none (CUDA); --tiny rehearses it on "
+                         "an emulated one")
     os.chdir(flags.ROOT)
     out_dir.mkdir(parents=True, exist_ok=True)
     if args.in_this_process:
-        run_step(args.in_this_process)
-    else:
-        sys.exit(run_steps(args.steps.split(",")))
+        return run_step(args.in_this_process)
+    return run_steps(args.steps.split(","))
+
+
+if __name__ == "__main__":
+    sys.excepthook = flags.speak_once
+    sys.exit(main())
