@@ -250,7 +250,7 @@ def rpt():
         from tests.tiny import make
         (out_dir / "tiny").mkdir(exist_ok=True)
         base, corpus = (make(out_dir / "tiny") / name for name in ("base", "corpus"))
-        batch_size, n, new, steps, more_steps, script = 2, 3, 6, 2, 1, EMULATOR + ["train_rpt.py"]
+        batch_size, n, new, steps, more_steps, script = 2, 2, 5, 2, 1, EMULATOR + ["train_rpt.py"]
     if not base:
         raise ValueError("runs/demo/base: no checkpoint; stages 1 to 3 of python demo.py make it")
     run_dir = out_dir / "rpt"
@@ -354,9 +354,10 @@ def update():
 
             forward_backward()
             ms, forward_ms = time_ms(forward_backward, 3, 1), time_ms(forward, 3, 1)
+            peak = torch.cuda.max_memory_allocated() / 1e9
             say("micro-batch", model=title, backend=backend, tokens=len(tokens), ms=ms,
                 forward_ms=forward_ms, tokens_per_s=len(tokens) / ms * 1e3, mfu=least / ms,
-                peak_gb=torch.cuda.max_memory_allocated() / 1e9, kernels=time_by_kernel(forward_backward, 24))
+                peak_gb=peak, kernels=time_by_kernel(forward_backward, 24))
             model.zero_grad()
 
 
@@ -527,7 +528,7 @@ STEPS = {"env": (env, 12, 60), "tests": (tests, 45, 120), "gap": (gap, 45, 90),
          "fsdp": (fsdp, 25, 60), "rpt": (rpt, 45, 150), "decode": (decode, 60, 90),
          "update": (update, 45, 90), "head": (head, 10, 30), "rollouts": (rollouts, 45, 60),
          "sizes": (sizes, 60, 90), "speed": (speed, 80, 120), "tiles": (tiles, 35, 60),
-         "backward": (backward, 30, 60), "launches": (launches, None, 60),
+         "backward": (backward, 30, 60), "launches": (launches, None, 120),
          "sanitizer": (sanitizer, None, 300)}
 # Only for who changes tiles, or of unknown length.
 NOT_USUAL = {"tiles", "backward", "launches", "sanitizer"}
@@ -589,7 +590,8 @@ def run_steps(names):
 def parse_args():
     parser = flags.Parser("A GPU's first minutes: is everything right, where does the time go?")
     add = parser.add_argument
-    add("--steps", help="some of them, with commas between; default: see --plan, in a rehearsal all")
+    add("--steps", help="some of them, with commas between; default: those without a * in --plan, "
+                        "or all of them in a rehearsal")
     add("--plan", action="store_true", help="print the steps and their times, run nothing")
     add("--out-dir", default="runs/gpu_check", help="folder of facts.jsonl and log.txt")
     add("--tiny", action="store_true",
@@ -609,14 +611,16 @@ def main():
     args = parse_args()
     is_tiny, out_dir = args.tiny, Path(args.out_dir).resolve()
     if args.plan:
-        return print_plan()
+        print_plan()
+        return 0
     if not is_tiny and not torch.cuda.is_available():
         raise ValueError("this checks a GPU, and torch finds none (CUDA); --tiny rehearses it on "
                          "an emulated one")
     os.chdir(flags.ROOT)
     out_dir.mkdir(parents=True, exist_ok=True)
     if args.in_this_process:
-        return run_step(args.in_this_process)
+        run_step(args.in_this_process)
+        return 0
     return run_steps(args.steps.split(","))
 
 

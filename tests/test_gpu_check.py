@@ -1,26 +1,31 @@
-"""bench/gpu_check.py without a GPU: the plan, refusals, and steps that fail, hang or are killed."""
+"""bench/gpu_check.py without a GPU: a rehearsal, and steps that fail, hang or are killed."""
 import json
+import subprocess
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 
 from bench import gpu_check
-from tiny import run_here, write_lines
+from tiny import ENVIRONMENT, ROOT, run_here, write_lines
 
 
 def test_the_plan_names_every_step_and_what_it_asks():
     code, out, _ = run_here("bench/gpu_check.py", "--plan")
     lines = out.splitlines()
-    assert code == 0 and [line.split()[0] for line in lines] == list(gpu_check.STEPS)
+    assert code == 0
+    assert [line.split()[0].rstrip("*") for line in lines] == [*gpu_check.STEPS, "together"]
     assert all(len(line.split("   ")[-1]) > 20 for line in lines)
+    assert int(lines[-1].split()[1]) <= 480  # seconds on an H100
 
 
 def test_it_says_what_is_wrong_before_anything_runs(tmp_path):
     code, _, err = run_here("bench/gpu_check.py", "--steps", "env,nonsense")
     assert code == 2 and "--steps env,nonsense: expected some of env,tests" in err
     code, _, err = run_here("bench/gpu_check.py", "--out-dir", tmp_path / "out")
-    assert code == 2 and "torch finds none" in err and not (tmp_path / "out").exists()
+    assert code == 2 and "torch finds none" in err and "--tiny rehearses it" in err
+    assert not (tmp_path / "out").exists()
 
 
 def facts(folder):
@@ -34,7 +39,7 @@ def test_a_fact_is_in_the_file_at_once_and_a_failure_is_one(monkeypatch, tmp_pat
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(gpu_check, "out_dir", tmp_path)
-    monkeypatch.setattr(gpu_check, "STEPS", dict(broken=(broken, 60)))
+    monkeypatch.setattr(gpu_check, "STEPS", dict(broken=(broken, 1, 60)))
     with pytest.raises(RuntimeError):
         gpu_check.run_step("broken")
     [_, failure] = facts(tmp_path)
@@ -71,20 +76,70 @@ def test_a_run_of_rpt_that_is_not_right_fails_its_step(monkeypatch, tmp_path, ch
         gpu_check.rpt()
 
 
-def test_a_step_that_fails_or_hangs_costs_the_others_nothing(monkeypatch, capfd, tmp_path):
-    script = tmp_path / "steps.py"
-    script.write_text("import sys, time\n"
-                      "step = sys.argv[-1]\n"
-                      "print('this is', step, flush=True)\n"
-                      "time.sleep(60 * (step == 'hangs'))\n"
-                      "sys.exit(step == 'broken')\n")
-    monkeypatch.setattr(gpu_check, "out_dir", tmp_path)
-    monkeypatch.setattr(gpu_check, "__file__", str(script))
-    steps = dict(broken=(None, 30), hangs=(None, 2), fine=(None, 30))
-    monkeypatch.setattr(gpu_check, "STEPS", steps)
-    assert gpu_check.run_steps(["broken", "hangs", "fine"]) == 1
-    out = capfd.readouterr().out
-    results = [line.split(" | ")[-1] for line in out.splitlines() if line.startswith("| ")][1:]
-    assert results == ["failed (1) |", "over its limit |", "ok |"]
-    log = (tmp_path / "log.txt").read_text()
-    assert log.split("\n") == ["this is broken", "this is hangs", "this is fine", ""]
+# A check whose steps go wrong in every way that a step can.
+DRIVER = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from bench import gpu_check
+
+def fails():
+    raise RuntimeError("no such kernel")
+
+def hangs():
+    time.sleep(60)
+
+def fine():
+    gpu_check.say("fine", number=1.5)
+
+def kills_everything():
+    gpu_check.say("last words")
+    os.kill(os.getppid(), 9)
+    os.kill(os.getpid(), 9)
+
+gpu_check.STEPS = dict(fails=(fails, 1, 60), hangs=(hangs, 1, 1), fine=(fine, 1, 60),
+                       kills_everything=(kills_everything, 1, 60))
+gpu_check.__file__ = __file__
+sys.exit(gpu_check.main())
+"""
+
+
+def rehearse(script, folder, *words):
+    """-> exit code, the table as {step: result}"""
+    command = [sys.executable, script, "--tiny", "--out-dir", folder / "out", *words]
+    ran = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    _, _, table = ran.stdout.partition("| step | seconds | result |\n|---|---|---|\n")
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    return ran.returncode, {name: result for name, _, result in rows}
+
+
+@pytest.fixture
+def driver(tmp_path):
+    path = tmp_path / "driver.py"
+    path.write_text(DRIVER.format(root=str(ROOT)))
+    return path
+
+
+def test_a_step_that_fails_or_hangs_costs_the_others_nothing(driver, tmp_path):
+    code, table = rehearse(driver, tmp_path, "--steps", "fails,hangs,fine")
+    assert code == 1
+    assert table == dict(fails="failed (1)", hangs="over its limit", fine="ok")
+    assert [(fact["what"], fact.get("result")) for fact in facts(tmp_path / "out")] == [
+        ("FAILED", None), ("step", "failed (1)"), ("step", "over its limit"), ("fine", None),
+        ("step", "ok")]
+    assert "RuntimeError: no such kernel" in (tmp_path / "out/log.txt").read_text()
+
+
+def test_a_kill_leaves_the_facts_so_far(driver, tmp_path):
+    code, table = rehearse(driver, tmp_path, "--steps", "fine,kills_everything,fine")
+    assert code == -9 and table == {}
+    assert [fact["what"] for fact in facts(tmp_path / "out")] == ["fine", "step", "last words"]
+
+
+@pytest.mark.slow
+def test_every_step_of_the_rehearsal_ends_well(tmp_path):
+    code, table = rehearse("bench/gpu_check.py", tmp_path)
+    assert table == dict.fromkeys(gpu_check.STEPS, "ok") and code == 0
+    whats = {fact["what"] for fact in facts(tmp_path / "out")}
+    assert {"env", "logp_gap", "FSDP2, one rank", "RPT run", "decode step", "micro-batch", "head",
+            "sampling", "pytest", "tiles of the product", "tiles of attention", "launches",
+            "sanitizer", "step"} <= whats
