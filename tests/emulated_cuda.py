@@ -30,13 +30,11 @@ from triton.runtime.interpreter import GridExecutor
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CUDA = torch.device("cuda", 0)
-NAME = "NVIDIA H100 80GB HBM3 (emulated)"
 # What torch.cuda answers without a driver.
 ANSWERS = dict(
     _lazy_init=None, is_available=True, device_count=1, current_device=0, set_device=None,
-    empty_cache=None, get_device_name=NAME, get_device_capability=(9, 0), memory_allocated=0,
-    get_device_properties=SimpleNamespace(name=NAME, total_memory=80 * 10**9, major=9, minor=0,
-                                          multi_processor_count=132),
+    empty_cache=None, get_device_name="NVIDIA H100 80GB HBM3 (emulated)", memory_allocated=0,
+    get_device_properties=SimpleNamespace(total_memory=80 * 10**9, multi_processor_count=132),
     memory_reserved=0, max_memory_allocated=0, reset_peak_memory_stats=None,
     mem_get_info=(70 * 10**9, 80 * 10**9), graph_pool_handle=(0, 1), get_rng_state=None,
     set_rng_state=None)
@@ -98,7 +96,7 @@ def check(name, args, kwargs):
     if any(map(is_cuda, together)) and any(x.ndim and not is_cuda(x) for x in together):
         refuse(f"{name}: expected all tensors to be on the same device, found cuda:0 and cpu")
     if name in WAITING:
-        note(syncs, name)
+        note(syncs, name.replace("_local_scalar_dense", "item"))
 
 
 # ---- tensors ----
@@ -120,12 +118,6 @@ class CudaTensor(torch.Tensor):
 
     def __repr__(self):
         return f"CudaTensor({self.on_cpu})"
-
-    def data_ptr(self):
-        return self.on_cpu.data_ptr()
-
-    def untyped_storage(self):
-        return self.on_cpu.untyped_storage()
 
     def tolist(self):
         return self.cpu().tolist()
@@ -279,7 +271,7 @@ class CUDAGraph:
 @contextmanager
 def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
     torch.cuda.synchronize()
-    with use_stream(stream or Stream()):
+    with stream or Stream():
         cuda_graph.capture_begin(pool=pool, capture_error_mode=capture_error_mode)
         try:
             yield
@@ -287,25 +279,22 @@ def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
             cuda_graph.capture_end()
 
 
-@contextmanager
-def use_stream(stream):
-    streams.append(stream)
-    try:
-        yield
-    finally:
-        streams.pop()
-
-
 def synchronize(*_):
     note(syncs, "synchronize")
 
 
 class Stream:
-    """A stream or an event."""
+    """A stream, which inside `with` is the current one, or an event."""
     synchronize = synchronize
 
     def __init__(self, *_, **__):
         pass
+
+    def __enter__(self):
+        streams.append(self)
+
+    def __exit__(self, *_):
+        streams.pop()
 
     def wait_stream(self, other):
         pass
@@ -317,7 +306,7 @@ class Stream:
         return 1.0
 
 
-streams = [Stream()]   # the default one, and those that are used inside it
+streams = [Stream()]   # the default one, and those of `with`, the current one last
 
 
 # ---- a script ----
@@ -327,7 +316,8 @@ def patch():
         setattr(torch.cuda, name, lambda *_, value=value, **__: value)
     for function in (Stream, CUDAGraph, graph, synchronize):
         setattr(torch.cuda, function.__name__, function)
-    torch.cuda.Event, torch.cuda.stream = Stream, use_stream
+    torch.cuda.Event = Stream
+    torch.cuda.stream = lambda stream: stream
     torch.cuda.current_stream = lambda *_: streams[-1]
     torch.tensor, torch.Tensor.to, torch.Generator = tensor, to, Generator
     GridExecutor.__call__ = launch
