@@ -494,7 +494,7 @@ def rehearse_speed(path):
 def launches():
     """Every kernel at ragged shapes, forward and backward, without graphs."""
     shape = TINY if is_tiny else SMALL | dict(head_dim=64)
-    # Without torch's allocator of memory there are no graphs.
+    # Under the sanitizer nothing can be captured, because torch's allocator of memory is off.
     sample.make_step = partial(partial, sample.step)
     for backend in ("fast", "bitwise"):
         kernels.set_backend(backend)
@@ -515,8 +515,8 @@ def sanitizer():
     # Torch's allocator cuts tensors from larger blocks, whose inside nobody guards.
     environment = os.environ | dict(PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     ran = subprocess.run(
-        ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable,
-         __file__, "--out-dir", str(out_dir), "--in-this-process", "launches"],
+        ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9",
+         *command_of("launches")],
         cwd=flags.ROOT, env=environment, text=True, stdout=subprocess.PIPE)
     print(ran.stdout[-6000:])
     say("sanitizer", result=ran.stdout.strip().splitlines()[-1])
@@ -552,21 +552,26 @@ def run_step(name):
         raise
 
 
+def command_of(name):
+    """The command line that runs a step in its own process."""
+    words = [__file__, "--out-dir", str(out_dir), "--in-this-process", name]
+    if is_tiny:
+        words = (EMULATOR if name != "fsdp" else []) + words + ["--tiny"]
+    return [sys.executable, *words]
+
+
 def run_steps(names):
     """Each in a process of its own -> exit code: 0 if none failed."""
     log, rows = open(out_dir / "log.txt", "a", encoding="utf-8"), []
+    interpreted = dict(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    environment = os.environ | (interpreted if is_tiny else {})
     for name in names:
         *_, limit = STEPS[name]
         start = time.monotonic()
-        command = [__file__, "--out-dir", str(out_dir), "--in-this-process", name]
-        environment = dict(os.environ)
-        if is_tiny:
-            command = (EMULATOR if name != "fsdp" else []) + command + ["--tiny"]
-            environment |= dict(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
-        child = subprocess.Popen([sys.executable, *command], cwd=flags.ROOT, env=environment,
-                                 text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        child = subprocess.Popen(command_of(name), cwd=flags.ROOT, env=environment, text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                  start_new_session=True)
-        timer = Timer(limit, lambda: os.killpg(child.pid, 9))
+        timer = Timer(limit, os.killpg, (child.pid, 9))
         timer.start()
         for line in child.stdout:
             print(line, end="", flush=True)

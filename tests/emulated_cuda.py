@@ -85,9 +85,9 @@ def check(name, args, kwargs):
     if name in INDEXING:
         target, indices, *values = args[:3]
         indices, together = tensors_in(indices), [target, *values]
-        if not is_cuda(target):
+        if not is_cuda(target) and any(map(is_cuda, indices)):
             refuse("indices should be on the cpu, as the indexed tensor is")
-        if not all(map(is_cuda, indices)):
+        if is_cuda(target) and not all(map(is_cuda, indices)):
             note(copies, "copy of an index to the device")
         # Torch fills under a mask; for all else it first looks where the mask is true.
         is_fill = values and values[0].ndim == 0 and not is_cuda(values[0])
@@ -341,9 +341,12 @@ if __name__ == "__main__":
     import sample
     sample.CHUNK["cuda"] = 2  # few steps for nothing, because interpreted ones are slow
     sys.path.insert(0, os.path.dirname(script))
+    code = 0
     try:
         with Device():
             runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        code = end.code
     finally:
         report()
-    sys.exit(bool(broken))
+    sys.exit(code or bool(broken))
