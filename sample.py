@@ -356,7 +356,7 @@ class Cache:
 
     def keep(self, rows):
         """Keep only these rows (a list); `rows.place` has to follow."""
-        self.B = len(rows)
+        self.B, rows = len(rows), torch.tensor(rows, device=self.tokens.device)
         for caches in (self.row_k, self.row_v):
             for layer, cache in enumerate(caches):
                 caches[layer] = cache[rows]

@@ -106,10 +106,16 @@ def time_by_kernel(call, count=16):
     return sorted(rows, key=lambda row: -row[2])[:count]
 
 
-def random_model(config, compute_dtype=BF16, weight_dtype=BF16, device="cuda"):
+def random_model(config, compute_dtype=BF16, weight_dtype=BF16, device="cuda", scale=1):
+    """scale: of the matrices; 6 makes distributions that are far from flat."""
     torch.manual_seed(0)
     with torch.device(device):
-        return GPT(config, compute_dtype).to(weight_dtype)
+        model = GPT(config, compute_dtype).to(weight_dtype)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.mul_(scale)
+    return model
 
 
 # ---- what kind of machine is it? ----
@@ -153,7 +159,9 @@ def run_pytest(words):
                "-m", "slow or not slow", *words]
     if importlib.util.find_spec("xdist"):
         command += ["-n", "8" if len(words) > 3 else "3"]
-    ran = subprocess.run(command, cwd=flags.ROOT, text=True, stdout=subprocess.PIPE)
+    device = "cpu" if is_tiny else "cuda"
+    ran = subprocess.run(command, cwd=flags.ROOT, env=os.environ | dict(NANORPT_TEST_DEVICE=device),
+                         text=True, stdout=subprocess.PIPE)
     print(ran.stdout[-6000:])
     failed = [line[:200] for line in ran.stdout.splitlines() if line.startswith("FAILED")]
     say("pytest", tests=words, result=ran.stdout.strip().splitlines()[-1], failed=failed)
@@ -178,12 +186,9 @@ def gap():
         kernels.set_backend(backend)
         config = GPTConfig(**shape | dict(head_dim=16 if is_tiny else K, family=family,
                                           tied_head=family != "qwen3"))
-        model = random_model(config, dtype, dtype)
-        with torch.no_grad():
-            for weight in model.parameters():
-                if weight.ndim == 2:
-                    weight.mul_(6)  # far from flat
-        generate = partial(sample.generate, model, prompts, n, longest, 0.8, stops, 7,
+        model, sampler = (random_model(config, dtype, dtype, scale=6) for _ in range(2))
+        sampler.join_weights()
+        generate = partial(sample.generate, sampler, prompts, n, longest, 0.8, stops, 7,
                            max_rows=rows, kv_gb=2)
         rollouts = generate()
         same = generate() == rollouts
@@ -282,7 +287,7 @@ def decode():
                                      ("1.5B", QWEN["1.5B"], 64, 1024, 512)):
         if is_tiny:
             config, B, P, own = GPTConfig(**TINY), 8, 9, 8
-        model, S = random_model(config), B // 8
+        model, S = random_model(config).join_weights(), B // 8
         weights = sum(weight.numel() for weight in model.parameters()) * 2
         token_bytes = 4 * config.n_layers * config.n_kv_heads * config.head_dim
         floor = (weights + (S * P + B * own) * token_bytes) / bandwidth * 1e3
@@ -315,7 +320,7 @@ def rollouts():
                                             ("1.5B", QWEN["1.5B"], 64, 512, 8, 256)):
         if is_tiny:
             config, count, P, n, new = GPTConfig(**TINY), 3, 9, 2, 6
-        model = random_model(config)
+        model = random_model(config).join_weights()
         prompts = random_prompts(config, count, P)
         # Ids that end a rollout: one in 128, so that lengths differ.
         stops = range(0, config.vocab_size, 128)
@@ -385,13 +390,13 @@ def tiles():
 
             def products():
                 for weight in weights:
-                    launch(x, weight, None, out, N, O, D, False, linear_module.ACROSS, BM, BN,
-                           linear_module.BK, "tf32",
+                    launch(x, weight, None, None, out, N, O, D, False, False,
+                           linear_module.ACROSS, BM, BN, linear_module.BK, "tf32",
                            **kernels.launch_options("bitwise", warps, stages))
 
             try:
                 us = time_graph(products) / copies * 1e3
-            except Exception as error:  # tiles that this GPU has no room for
+            except kernels.triton.OutOfResources as error:
                 found.append((BM, BN, warps, stages, str(error)[:60]))
                 continue
             default = out.clone() if default is None else default
@@ -439,7 +444,7 @@ def backward():
                 try:
                     times = {name: ms for name, _, ms in time_by_kernel(forward_backward)}
                     found.append((tile, times.get(f"{part}_kernel")))
-                except Exception as error:  # as in `tiles`
+                except kernels.triton.OutOfResources as error:
                     found.append((tile, str(error)[:60]))
             attention_module.BLOCKS[K] = usual
             say("tiles of attention", part=part, H=H, Hkv=Hkv, K=K, BM_BN_warps_stages_ms=found)
@@ -503,7 +508,8 @@ def launches():
             layout = make_layout([(13, [5, 3]), (1, [2])], model.device)
             tokens = torch.arange(len(layout.positions), device=model.device)
             model.logprobs(tokens, layout, 0.8).sum().backward()
-            [group, _] = sample.generate(model, [[1, 2, 3], [4]], 2, 3, 0.8, [], 0, max_rows=3)
+            [group, _] = sample.generate(model.join_weights(), [[1, 2, 3], [4]], 2, 3, 0.8, [], 0,
+                                         max_rows=3)
             say("launches", backend=backend, dtype=dtype, tokens=group[0].tokens)
 
 

@@ -79,7 +79,7 @@ class Rows:
         self.longest = (self.prompt_lens[self.slot].max().item(), self.lengths.max().item())
 
     def keep(self, rows):
-        """-> Rows with only these (a list); `place` has to follow."""
+        """-> Rows with only these (indices); `place` has to follow."""
         kept = Rows(len(rows), len(self.prompt_lens), self.heads_per_kv, self.slot.device)
         kept.prompt_lens, kept.lengths = self.prompt_lens, self.lengths[rows]
         return kept
