@@ -127,7 +127,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.ffn_width, config.width, bias=False)
 
     def forward(self, x, residual):
-        return self.down_proj(swiglu(*products(x, self.gate_proj, self.up_proj)), residual)
+        gate, up = products(x, self.gate_proj, self.up_proj)
+        return self.down_proj(swiglu(gate, up), residual)
 
 
 class Block(nn.Module):
