@@ -74,13 +74,16 @@ def products(x, *layers):
 
 
 def join(*layers):
-    """Put the weights of these layers in one piece, of which their own become views."""
-    weight, bias = torch.cat([layer.weight for layer in layers]), None
-    if layers[0].bias is not None:
-        bias = torch.cat([layer.bias for layer in layers])
-    layers[0].joined = weight, bias
-    for layer, part in zip(layers, weight.split([layer.out_features for layer in layers])):
-        layer.weight = nn.Parameter(part, requires_grad=False)
+    """Put weights and biases of these layers in one piece, of which their own become views."""
+    outs, joined = [layer.out_features for layer in layers], dict(weight=None, bias=None)
+    for name in joined:
+        parts = [getattr(layer, name) for layer in layers]
+        if parts[0] is None:
+            continue
+        joined[name] = torch.cat(parts)
+        for layer, part in zip(layers, joined[name].split(outs)):
+            setattr(layer, name, nn.Parameter(part, requires_grad=False))
+    layers[0].joined = joined["weight"], joined["bias"]
 
 
 @lru_cache(maxsize=4)

@@ -49,6 +49,7 @@ BUSY_SHARE = dict(cpu=0.75, cuda=0.5)
 # other uses. On a GPU the weights are there already, and the rest only has to hold the buffers of a
 # prefill, or of drawing tokens: below a GB for a model of 1.5B, 2 GB for 32B (bench/memory.py).
 KV_SHARE = dict(cpu=0.5, cuda=0.85)
+CAPTURE_BYTES = 2e9     # more than what a decode step needs beside weights and cache
 
 
 @dataclass
@@ -179,13 +180,17 @@ class GraphStep:
             # Run once, so that nothing has to be compiled during the capture. The next step writes
             # over what this one caches.
             eager()
-            # Not `with torch.cuda.graph(...)`, which gives all unused memory back to the driver, to
-            # be asked for again by the update. "thread_local": what other threads do, such as
-            # NCCL's watchdog, does not end the capture.
+            # Not `with torch.cuda.graph(...)`, which always gives unused memory back to the driver,
+            # to be asked for again by the update. But a capture can only take what the driver has.
+            if torch.cuda.mem_get_info()[0] < CAPTURE_BYTES:
+                torch.cuda.empty_cache()
+            # "thread_local": what other threads do, such as NCCL's, does not end the capture.
             self.graph = torch.cuda.CUDAGraph()
             self.graph.capture_begin(capture_error_mode="thread_local")
-            self.tokens, self.logprobs = eager()
-            self.graph.capture_end()
+            try:
+                self.tokens, self.logprobs = eager()
+            finally:
+                self.graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
         # Undo the first run: the schedule has not seen it.
         cache.rows.lengths.copy_(before[0])

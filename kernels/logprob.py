@@ -113,7 +113,8 @@ def grow_softmax(m, x):
 def combine_softmax(m_ptr, s_ptr, row, splits, PADDED: tl.constexpr):
     """-> m and s of each split of a row, e^(m of the split - m of the row), and m and s of the row.
 
-    Splits are padded to a power of two and reduced by one tree, so the order is fixed.
+    Splits are padded to a power of two and reduced by a tree. Its shape depends on the number of
+    warps, which must be the same wherever a row's bits have to be.
     """
     split = tl.arange(0, PADDED)
     there = split < splits
@@ -322,9 +323,10 @@ def launch_logprob(backend, hidden, weight, targets, temperature):
         hidden, weight, targets, m, s, e, x, N, V, D, splits, 1 / temperature, SPLIT=SPLIT,
         **tile_options(backend, hidden, BM))
     logprobs, entropy, lse = (empty(N, like=hidden) for _ in range(3))
+    # As many warps as sample_token_kernel has, so that both sum the splits of a row in one order.
     logprob_combine_kernel[N,](
         targets, m, s, e, x, logprobs, entropy, lse, splits, SPLIT=SPLIT,
-        PADDED=triton.next_power_of_2(splits), **kernels.launch_options(backend, num_warps=1))
+        PADDED=triton.next_power_of_2(splits), **kernels.launch_options(backend, WARPS[64]))
     return logprobs, entropy, lse
 
 

@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 from conftest import DEVICE
 from model import GPT, GPTConfig
 from sample import generate
+from plumbing import parallel
 from plumbing.batch import flatten
 
 
@@ -81,3 +82,22 @@ def test_joined_weights_give_the_same_bits_and_take_no_memory_of_their_own(use_k
 def test_plain_torch_keeps_its_products_apart(use_kernels):
     use_kernels("torch")
     assert tiny_model("llama", torch.float32, 16).join_weights().layers[0].mlp.gate_proj.joined is None
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_sampler_with_joined_weights_has_no_gap(use_kernels, family):
+    use_kernels("bitwise")
+    trainer, sampler = (tiny_model(family, torch.bfloat16, 16, n_layers=1) for _ in range(2))
+    prompts = ragged_prompts(2)
+    rollouts = generate(sampler.join_weights(), prompts, 2, 6, 0.8, range(0, 150, 10), 3, max_rows=3)
+    assert drift(trainer, prompts, rollouts).max() == 0
+
+
+@pytest.mark.parametrize("backend", ["torch", "bitwise"])
+def test_the_gathered_copy_is_joined_where_kernels_run(use_kernels, backend):
+    use_kernels(backend)
+    model = tiny_model("qwen2", torch.bfloat16, 16).float()
+    block = parallel.gathered(model).layers[0]
+    assert all((layer.joined is not None) == (backend != "torch")
+               for layer in (block.self_attn.q_proj, block.mlp.gate_proj))
+    assert model.layers[0].mlp.gate_proj.joined is None     # the trainer's own stay apart

@@ -108,3 +108,9 @@ with bench.compile_launches(report):
     assert ran.returncode == 0, ran.stderr
     first, *others = map(int, ran.stdout.split())
     assert first >= 12 and others == [first, first]  # kernels compiled so far
+
+
+def test_sampler_and_trainer_sum_the_splits_of_a_row_with_equally_many_warps(report):
+    # The interpreter has one tree; on a GPU another number of warps changed one log-prob in twelve.
+    entries = find(report, "logprob_combine_kernel") + find(report, "sample_token_kernel")
+    assert len(entries) >= 4 and len({entry["options"]["num_warps"] for entry in entries}) == 1

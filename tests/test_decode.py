@@ -204,3 +204,22 @@ def test_the_work_of_the_prefix_pass():
     # First place in that order, rows, slot.
     assert rows.work.tolist() == [[1, 2, 0], [3, 2, 2], [5, 2, 2]] + [[0, 0, 0]] * 4
     assert rows.busy.tolist() == [1, 1, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("backend", ["fast", "bitwise"])
+def test_new_keys_and_values_may_lie_apart_and_idle_rows_write_nothing(use_kernels, backend):
+    use_kernels(backend)
+    q, caches, rows = random_cache()
+    copies = [cache.clone() for cache in caches]
+    k, v = (x.nan_to_num(nan=7.0) for x in take_newest(copies, rows))
+    before = [cache.clone() for cache in copies]
+    wide = torch.cat([v.flatten(1), k.flatten(1), q.flatten(1)], dim=1)
+    wider = torch.cat([k.flatten(1), q.flatten(1), q.flatten(1)], dim=1)
+    v_apart, k_apart = wide[:, :32].unflatten(1, (2, 16)), wider[:, :32].unflatten(1, (2, 16))
+    assert len({k_apart.stride(0), v_apart.stride(0), k.stride(0)}) == 3
+    out = decode(q, k_apart, v_apart, *copies, rows)
+    busy = rows.busy.bool()
+    assert error(out[busy], exact(q, caches, rows)[busy]) < 2e-6
+    for new, cache, old in zip((k, v), copies[2:], before[2:]):
+        old[rows.index[busy], :, rows.lengths[busy] - 1] = new[busy]
+        assert torch.equal(cache.nan_to_num(nan=9.0), old.nan_to_num(nan=9.0))   # and nothing else

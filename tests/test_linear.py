@@ -211,3 +211,20 @@ def test_a_residual_is_added_with_the_bits_of_an_addition_of_its_own(use_kernels
         assert error(out, expected) < DTYPES[dtype]
         assert all(error(a, b) < 3 * DTYPES[dtype]
                    for a, b in zip(gradients(out, inputs), gradients(expected, inputs)))
+
+
+def test_gate_and_up_with_strides_of_their_own_and_more_than_a_block(use_kernels):
+    use_kernels("bitwise")
+    gate, up = random(3, 2500)[:, :1100], random(3, 1800, seed=1)[:, 700:]
+    assert torch.equal(swiglu(gate, up), swiglu(gate.contiguous(), up.contiguous()))
+    assert error(swiglu(gate, up), F.silu(gate.double()) * up.double()) < 2e-6
+
+
+@pytest.mark.parametrize("backend", ["fast", "bitwise"])
+def test_a_residual_may_lie_anywhere_and_go_with_a_bias(use_kernels, backend):
+    use_kernels(backend)
+    x, weight, bias = random(5, 7), random(9, 7, seed=1), random(9, seed=2)
+    for residual in (random(9, 5, seed=3).T, random(1, 9, seed=4).expand(5, 9), random(5, 20, seed=5)[:, 3:12]):
+        expected = residual.double() + x.double() @ weight.double().T + bias.double()
+        assert error(linear(x, weight, bias, residual), expected) < 2e-6
+        assert error(linear(x, weight, None, residual), expected - bias.double()) < 2e-6

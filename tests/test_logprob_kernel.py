@@ -220,7 +220,8 @@ def test_the_rows_beside_a_row_change_no_bit(use_kernels, dtype):
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_the_log_prob_of_a_drawn_token_is_the_trainers_to_the_bit(use_kernels, dtype, temperature):
     use_kernels("bitwise")
-    hidden, weight, _ = case(80, 72, 2300, dtype, scale=3)
+    # As many splits as a large vocabulary has, where there is a GPU to sum them in its own order.
+    hidden, weight, _ = case(80, 72, 151_936 if DEVICE == "cuda" else 2300, dtype, scale=3)
     tokens, logprobs = sample(hidden, weight, random_bits(80), temperature)
     # Every row twice, among other rows.
     order = torch.randperm(160, generator=random(4)).to(DEVICE) % 80
@@ -439,3 +440,31 @@ def test_10_GB_of_logits_need_less_than_1_GB(use_kernels, monkeypatch, weight_dt
     workspace = live.peak(hidden, weight, targets, *gradients)
     print(f"workspace with {weight_dtype} weights: {workspace:,} bytes")
     assert 268_000_000 < workspace < 1_000_000_000
+
+
+@pytest.mark.parametrize("V", [1, 5, 130, 1026])
+def test_a_last_tile_with_few_tokens_gives_none_of_them_more_than_its_share(use_kernels, V):
+    use_kernels("bitwise")
+    hidden, weight, _ = case(60, 16, V)
+    weight = weight.detach()
+    weight[-5:] *= 3                                       # the short tile is drawn often
+    bits = random_bits(60)
+    logits = (hidden.double() @ weight.double().T / 0.7).detach().cpu().numpy()
+    assert sample(hidden, weight, bits, 0.7)[0].tolist() == draw_in_two(logits, bits).tolist()
+
+
+@pytest.mark.parametrize("shift", [-1000.0, 1000.0])
+def test_splits_that_do_not_exist_are_not_drawn(use_kernels, shift):
+    use_kernels("bitwise")
+    # A last channel shifts all logits; 3 splits are padded to 4.
+    hidden, weight = (torch.randn(n, 17, generator=random(n)).to(DEVICE) for n in (9, 2300))
+    hidden[:, 16], weight[:, 16], bits = 1, shift, random_bits(9)
+    tokens, logprobs = sample(hidden, weight, bits, 1.0)
+    logits = (hidden.double() @ weight.double().T).cpu()
+    expected = logits.log_softmax(dim=1).gather(1, tokens.cpu()[:, None])[:, 0]
+    assert (logprobs.cpu() - expected).abs().max() < 1e-3 and logprobs.max() < 0
+    # Logits of 1000 are rounded to 6e-5, which may change a draw.
+    same = tokens.cpu() == torch.from_numpy(draw_in_two(logits.numpy(), bits))
+    assert same.double().mean() > 0.8
+    greedy, _ = sample(hidden, weight, bits, 0)
+    assert (logits.gather(1, greedy.cpu()[:, None])[:, 0] > logits.amax(dim=1) - 1e-3).all()

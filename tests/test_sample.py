@@ -448,3 +448,18 @@ def test_a_single_rollout_is_written_as_it_comes_and_ends_with_its_box(checkpoin
     assert ran.stdout.decode().startswith(printed["text"].rstrip("\ufffd"))  # a torn character waits for its end
     end = "finished" if printed["finished"] else "cut off"
     assert ran.stdout.decode().endswith(f"\n--- rollout 1 of 1: {len(printed['tokens'])} tokens, {end}, box None\n")
+
+
+def test_a_device_has_its_own_share_of_busy_rows(tiny_gpt, monkeypatch):
+    def widths(share):
+        monkeypatch.setitem(sample.BUSY_SHARE, "cpu", share)
+        kept, keep = [], sample.Cache.keep
+        monkeypatch.setattr(sample.Cache, "keep", lambda cache, rows: kept.append(len(rows)) or keep(cache, rows))
+        generate(tiny_gpt, [[1, 2]], 12, 20, 1.0, range(4), 0)
+        monkeypatch.setattr(sample.Cache, "keep", keep)
+        return kept
+    assert widths(0) == [] and len(widths(0.5)) < len(widths(1.0))
+
+
+def test_slots_are_rounded_up_on_a_gpu():
+    assert [sample.slot_size(n, "cuda") for n in (1, 256, 257)] == [256, 256, 512] and sample.slot_size(7, "cpu") == 7
