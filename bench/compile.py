@@ -57,13 +57,23 @@ def resources(kernel, signature, constants, aligned, options):
                       "--gpu-name=sm_90a", ptx, "-o", cubin])
         sass = output([Path(ptxas).with_name("nvdisasm"), "-c", cubin])
 
+    ttgir = compiled.asm["ttgir"]
     mma = re.findall(r"nvidia_mma<\{versionMajor = (\d).*?warpsPerCTA = \[\d+, (\d+)\].*?"
-                     r"instrShape = \[([\d, ]+)\]", compiled.asm["ttgir"])
+                     r"instrShape = \[([\d, ]+)\]", ttgir)
     return dict(registers=int(re.search(r"Used (\d+) registers", log)[1]),
                 spill=int(re.search(r"(\d+) bytes spill stores", log)[1]),
                 shared=compiled.metadata.shared, serialised="serialized" in log,
                 hgmma=len(re.findall(r"\bHGMMA\b", sass)), hmma=len(re.findall(r"\bHMMA\b", sass)),
-                mma=[f"v{version} {shape}, {warps} warps across" for version, warps, shape in mma])
+                mma=[f"v{version} {shape}, {warps} warps across" for version, warps, shape in mma],
+                sums=layouts_of_sums(ttgir))
+
+
+def layouts_of_sums(ttgir):
+    """How the operands of reductions are spread over threads and warps, which decides the order."""
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ttgir, re.MULTILINE))
+    sums = re.findall(r'"tt\.reduce".*?\}\) : \(tensor<([\dx]+)xf32, (#\w+)>\) -> ', ttgir,
+                      re.DOTALL)
+    return [f"{shape}: {layouts[name]}" for shape, name in sums]
 
 
 def output(command):

@@ -110,7 +110,21 @@ with bench.compile_launches(report):
     assert first >= 12 and others == [first, first]  # kernels compiled so far
 
 
-def test_sampler_and_trainer_sum_the_splits_of_a_row_with_equally_many_warps(report):
-    # The interpreter has one tree; on a GPU another number of warps changed one log-prob in twelve.
-    entries = find(report, "logprob_combine_kernel") + find(report, "sample_token_kernel")
-    assert len(entries) >= 4 and len({entry["options"]["num_warps"] for entry in entries}) == 1
+def sums(report, *names):
+    """Layouts of the reductions of bitwise kernels: {"256: #ttg.blocked...", ...}"""
+    entries = [entry for name in names for entry in find(report, name)
+               if not entry["options"]["enable_fp_fusion"]]
+    assert len({entry["kernel"] for entry in entries}) == len(names)
+    return {layout for entry in entries for layout in entry["sums"]}
+
+
+def test_sampler_and_trainer_reduce_in_the_same_order(report):
+    # The interpreter has one order; on a GPU another number of warps changed one log-prob in twelve.
+    splits = {layout for layout in sums(report, "logprob_combine_kernel", "sample_token_kernel")
+              if layout.startswith("256:")}
+    assert len(splits) == 1
+    # A row of a tile of logits or scores lies in one warp, as the product leaves it.
+    rows = sums(report, "logprob_scan_kernel", "sample_scan_kernel", "forward_kernel", "prefix_kernel",
+                "suffix_kernel")
+    assert len(rows) >= 4
+    assert all("#ttg.nvidia_mma" in layout and ", 1], instrShape" in layout for layout in rows)
