@@ -1,4 +1,5 @@
 """What the sampler believed of a token is what the trainer computes, to the last bit: logp_gap 0.0."""
+import copy
 import random
 
 import pytest
@@ -27,7 +28,9 @@ def tiny_model(family, dtype, K, **shape):
 
 def gaps(model, prompts, G, max_new_tokens, **options):
     """|sampler - trainer| for every token of a batch of rollouts."""
-    rollouts = generate(model, prompts, G, max_new_tokens, 0.8, range(0, 150, 10), (3, 1), **options)
+    # The sampler's copy of a model has joined weights.
+    sampler = copy.deepcopy(model).join_weights()
+    rollouts = generate(sampler, prompts, G, max_new_tokens, 0.8, range(0, 150, 10), (3, 1), **options)
     return drift(model, prompts, rollouts)
 
 
@@ -53,9 +56,9 @@ def ragged_prompts(count, seed=0):
 def test_logp_gap_is_zero_over_ragged_prompts_and_refilled_rows(use_kernels, family, dtype, K):
     model, prompts = tiny_model(family, dtype, K), ragged_prompts(4)
     use_kernels("torch")
-    torch_gaps = gaps(model, prompts, 3, 16, max_rows=4)
+    torch_gaps = gaps(model, prompts, 3, 12, max_rows=4)
     use_kernels("bitwise")
-    bitwise_gaps = gaps(model, prompts, 3, 16, max_rows=4)
+    bitwise_gaps = gaps(model, prompts, 3, 12, max_rows=4)
     print(f"{family} {dtype}: {len(bitwise_gaps)} tokens, mean gap {bitwise_gaps.mean().item()} bitwise, "
           f"{torch_gaps.mean().item():.1e} torch")
     assert len(bitwise_gaps) > 50  # 12 rollouts in 4 rows: all rows were refilled
@@ -82,15 +85,6 @@ def test_joined_weights_give_the_same_bits_and_take_no_memory_of_their_own(use_k
 def test_plain_torch_keeps_its_products_apart(use_kernels):
     use_kernels("torch")
     assert tiny_model("llama", torch.float32, 16).join_weights().layers[0].mlp.gate_proj.joined is None
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_a_sampler_with_joined_weights_has_no_gap(use_kernels, family):
-    use_kernels("bitwise")
-    trainer, sampler = (tiny_model(family, torch.bfloat16, 16, n_layers=1) for _ in range(2))
-    prompts = ragged_prompts(2)
-    rollouts = generate(sampler.join_weights(), prompts, 2, 6, 0.8, range(0, 150, 10), 3, max_rows=3)
-    assert drift(trainer, prompts, rollouts).max() == 0
 
 
 @pytest.mark.parametrize("backend", ["torch", "bitwise"])

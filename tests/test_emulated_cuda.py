@@ -134,8 +134,7 @@ def sampling(backend, dtype, family):
 @pytest.mark.parametrize("backend, dtype, family", [
     ("bitwise", "bfloat16", "qwen3"),
     pytest.param("bitwise", "float32", "qwen2", marks=pytest.mark.slow),
-    pytest.param("fast", "bfloat16", "qwen2", marks=pytest.mark.slow),
-    pytest.param("fast", "float32", "qwen3", marks=pytest.mark.slow)])
+    pytest.param("fast", "bfloat16", "qwen2", marks=pytest.mark.slow)])
 def test_graphs_sample_what_eager_steps_sample(backend, dtype, family):
     assert captures(emulated(__file__, "sampling", backend, dtype, family)) >= 2
 
@@ -143,18 +142,14 @@ def test_graphs_sample_what_eager_steps_sample(backend, dtype, family):
 # ---- the scripts ----
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["bitwise", "torch"])
-def test_rpt_trains_saves_and_resumes(corpus, base, tmp_path, backend):
-    words = command("train_rpt.py", corpus, base, tmp_path, kernels=backend, batch_size=2,
+def test_plain_torch_trains_saves_and_resumes_without_graphs(corpus, base, tmp_path):
+    """With the bitwise kernels the rehearsal of bench/gpu_check.py does it."""
+    words = command("train_rpt.py", corpus, base, tmp_path, kernels="torch", batch_size=2,
                     rollouts=3, max_new_tokens=6, save_every=2, dynamic_sampling_from=-1)
-    captured = captures(emulated(*words, "--steps", 2))
+    assert captures(emulated(*words, "--steps", 2)) == 0
     emulated(*words, "--steps", 3, "--resume")
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2, 3] and any(step["loss"] for step in steps)
-    if backend == "bitwise":
-        assert captured >= 2 and not any(step["logp_gap"] for step in steps)
-    else:
-        assert captured == 0
 
 
 @pytest.mark.slow
