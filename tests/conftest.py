@@ -1,6 +1,6 @@
 """What all tests share: the repository on the import path, one thread, and a tiny random GPT.
 
-    pytest                          the quick part, at most 3 minutes on two cores
+    pytest                          the quick part, four to nine minutes on one core
     pytest -m slow                  the rest: whole runs on several ranks, compiled kernels, sieges
     pytest -m "slow or not slow"    everything
 
