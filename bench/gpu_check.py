@@ -36,7 +36,7 @@ if __name__ == "__main__":  # the repository, not bench/, is where imports start
 import kernels
 import sample
 from bench.common import QWEN, SMOLLM2, limits, random_prompts
-from kernels import attention as attention_module, linear as linear_module
+from kernels import linear as linear_module
 from kernels.attention import make_layout
 from kernels.linear import linear_kernel
 from kernels.logprob import launch_logprob, sample as sample_tokens
@@ -423,39 +423,6 @@ def time_graph(call):
     return time_ms(graph.replay, 5, 1)
 
 
-def backward():
-    """Attention's three kernels with other tiles."""
-    groups = [(1024, [1024] * 8), (1024, [1024] * 6)]
-    choices = {"dkv": [(64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (32, 128, 8, 2),
-                       (128, 64, 8, 2), (64, 128, 8, 3)],
-               "dq": [(128, 64, 8, 2), (128, 64, 8, 3)],
-               "forward": [(128, 64, 8, 3), (128, 128, 8, 2)]}
-    heads = (12, 2, 128), (9, 3, 64)
-    if is_tiny:
-        groups, heads = [(9, [5, 3])], [(2, 1, 64)]
-    kernels.set_backend("fast")
-    for H, Hkv, K in heads:
-        layout = make_layout(groups, "cuda")
-        q, k, v = (torch.randn(len(layout.positions), heads, K, device="cuda").to(BF16)
-                   .requires_grad_() for heads in (H, Hkv, Hkv))
-        for part, tried in choices.items():
-            usual, found = attention_module.BLOCKS[K], []
-            for tile in tried:
-                attention_module.BLOCKS[K] = usual | {part: tile}
-
-                def forward_backward():
-                    attention_module.attention(q, k, v, layout).sum().backward()
-
-                try:
-                    times = {name: ms for name, _, ms in time_by_kernel(forward_backward)}
-                    found.append((tile, times.get(f"{part}_kernel")))
-                except kernels.triton.OutOfResources as error:
-                    found.append((tile, str(error)[:60]))
-            attention_module.BLOCKS[K] = usual
-            say("tiles of attention", part=part, H=H, Hkv=Hkv, K=K, BM_BN_warps_stages_ms=found)
-        say("attention", H=H, Hkv=Hkv, K=K, kernels=time_by_kernel(forward_backward))
-
-
 def head():
     """Log-probs of 16k tokens and sampling of 256 rows, over a vocabulary of 152k."""
     N, B, D, V = (20, 20, 16, 300) if is_tiny else (16_384, 256, 1536, 151_936)
@@ -539,10 +506,9 @@ STEPS = {"env": (env, 12, 60), "tests": (tests, 45, 120), "gap": (gap, 45, 90),
          "fsdp": (fsdp, 25, 60), "rpt": (rpt, 45, 150), "decode": (decode, 60, 90),
          "update": (update, 45, 90), "head": (head, 10, 30), "rollouts": (rollouts, 45, 60),
          "sizes": (sizes, 60, 90), "speed": (speed, 80, 120), "tiles": (tiles, 35, 60),
-         "backward": (backward, 30, 60), "launches": (launches, None, 120),
-         "sanitizer": (sanitizer, None, 300)}
+         "launches": (launches, None, 120), "sanitizer": (sanitizer, None, 300)}
 # Only for who changes tiles, or of unknown length.
-NOT_USUAL = {"tiles", "backward", "launches", "sanitizer"}
+NOT_USUAL = {"tiles", "launches", "sanitizer"}
 
 
 def print_plan():

@@ -194,7 +194,7 @@ def launch_rotate(q, k, cos, sin, backend, backwards):
     (T, H, K), Hkv = q.shape, k.shape[1]
     outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
     if T:
-        rotate_kernel[triton.cdiv(T * max(H, Hkv) * K // 2, BLOCK), 2](
+        rotate_kernel[triton.cdiv(T * H * K // 2, BLOCK), 2](
             q, k, q.stride(0), k.stride(0), cos.contiguous(), sin.contiguous(), *outs, T, H, Hkv,
             K // 2, backwards, BLOCK, **kernels.launch_options(backend, num_warps=4))
     return tuple(outs)
