@@ -1,6 +1,6 @@
 """Compile every kernel for Hopper (sm_90) without a GPU, and report the resources it would use.
 
-    python bench/compile.py                # a table: registers, spills, shared memory, tensor cores
+    python bench/compile.py                # a table: instructions, registers, spills, shared memory
     python bench/compile.py --json         # the same for scripts
 
 The ordinary wrappers run, forward and backward, on tensors without data (device "meta"); a launch
@@ -60,7 +60,8 @@ def resources(kernel, signature, constants, aligned, options):
     ttgir = compiled.asm["ttgir"]
     mma = re.findall(r"nvidia_mma<\{versionMajor = (\d).*?warpsPerCTA = \[\d+, (\d+)\].*?"
                      r"instrShape = \[([\d, ]+)\]", ttgir)
-    return dict(registers=int(re.search(r"Used (\d+) registers", log)[1]),
+    return dict(instructions=len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/ ", sass, re.MULTILINE)),
+                registers=int(re.search(r"Used (\d+) registers", log)[1]),
                 spill=int(re.search(r"(\d+) bytes spill stores", log)[1]),
                 shared=compiled.metadata.shared, serialised="serialized" in log,
                 hgmma=len(re.findall(r"\bHGMMA\b", sass)), hmma=len(re.findall(r"\bHMMA\b", sass)),
@@ -201,11 +202,12 @@ def title(entry):
 def print_table(report):
     """A Markdown table, one line for each compiled kernel."""
     print(f"triton {kernels.triton.__version__}, sm_90\n")
-    print("| kernel, constants, warps, stages | registers | spill B | shared B | HGMMA | HMMA |")
-    print("|---|---|---|---|---|---|")
+    print("| kernel, constants, warps, stages | instructions | registers | spill B | shared B | "
+          "HGMMA | HMMA |")
+    print("|---|---|---|---|---|---|---|")
     for e in report:
-        print(f"| {title(e)} | {e['registers']} | {e['spill']} | {e['shared']:,} | {e['hgmma']} "
-              f"| {e['hmma']} |")
+        print(f"| {title(e)} | {e['instructions']:,} | {e['registers']} | {e['spill']} "
+              f"| {e['shared']:,} | {e['hgmma']} | {e['hmma']} |")
 
 
 def parse_args():

@@ -246,7 +246,7 @@ def sampling(config, args):
     # Buffers hold gate, up and their product in a prefill, or what drawing a token for a row takes.
     prefilled = prompt * min(slots, max(1, PREFILL_TOKENS // prompt))
     prefill = 3 * size * (config.ffn_width + config.width) * prefilled
-    draw = 20 * vocab // logprob.SPLIT
+    draw = 16 * -(-vocab // logprob.SPLIT)  # four numbers for each split
     if args.kernels == "torch":
         draw = max(28 * vocab, 16 * config.n_heads * (prompt + cached))  # logits, or scores
     parts[f"KV cache, {rows} of {count * args.rollouts} rows"] = cache

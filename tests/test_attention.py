@@ -1,10 +1,13 @@
 """Packed attention against a loop over every row in fp64: who sees whom, forward and backward."""
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from kernels.attention import attention, make_layout
+from tiny import ENVIRONMENT, ROOT
 
 GROUPS = [
     [(5, [])],                                                  # one sequence: training, prefill
@@ -142,3 +145,19 @@ def test_a_layout_without_rollouts_predicts_nothing():
     assert layout.predict_rows.tolist() == layout.rollout_rows.tolist() == []
     for rows in (layout.predict_rows, layout.owner, layout.rollout_lens):
         assert rows.dtype == torch.long
+
+
+def test_without_triton_plain_torch_runs():
+    script = """
+import sys
+sys.modules["triton"] = None   # as on macOS and Windows
+import torch
+from model import GPT, GPTConfig
+import sample, train_rpt, train_ntp
+model = GPT(GPTConfig(40, 32, 1, 4, 2, 8, 48, 64))
+model(torch.arange(6)[None]).sum().backward()
+print(len(sample.generate(model, [[1, 2]], 2, 3, 1.0, [], 0)[0]))
+"""
+    ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
+                         env=ENVIRONMENT)
+    assert ran.stdout == "2\n", ran.stderr

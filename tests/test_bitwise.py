@@ -82,11 +82,6 @@ def test_joined_weights_give_the_same_bits_and_take_no_memory_of_their_own(use_k
     assert not torch.equal(model(tokens), apart)
 
 
-def test_plain_torch_keeps_its_products_apart(use_kernels):
-    use_kernels("torch")
-    assert tiny_model("llama", torch.float32, 16).join_weights().layers[0].mlp.gate_proj.joined is None
-
-
 @pytest.mark.parametrize("backend", ["torch", "bitwise"])
 def test_the_gathered_copy_is_joined_where_kernels_run(use_kernels, backend):
     use_kernels(backend)

@@ -468,3 +468,17 @@ def test_splits_that_do_not_exist_are_not_drawn(use_kernels, shift):
     assert same.double().mean() > 0.8
     greedy, _ = sample(hidden, weight, bits, 0)
     assert (logits.gather(1, greedy.cpu()[:, None])[:, 0] > logits.amax(dim=1) - 1e-3).all()
+
+
+def test_drawing_a_token_needs_four_numbers_for_each_split_of_the_vocabulary(monkeypatch):
+    for name in ("sample_scan_kernel", "sample_token_kernel"):
+        monkeypatch.setattr(module, name, {(256,): no_launch, (2, 149): no_launch})
+    hidden, weight = (torch.empty(n, 1536, dtype=BF16, device="meta") for n in (256, 151_936))
+    bits = torch.empty(256, dtype=torch.int64, device="meta")
+    with LiveBytes() as live:
+        kept = module.launch_sample("fast", hidden, weight, bits, 0.8)
+    assert live.peak(*kept) == 256 * 4 * 4 * 149           # as bench/memory.py counts
+
+
+def no_launch(*args, **kwargs):
+    pass

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from sample import Schedule
+from sample import BUSY_SHARE, Schedule, cache_size
 
 STOP = 9
 
@@ -111,3 +111,32 @@ def test_every_rollout_is_sampled_once_to_its_end_and_no_slot_holds_two_prompts(
     for (i, s), tokens in script.items():
         assert schedule.rollouts[i][s].tokens == tokens[:6]
         assert schedule.rollouts[i][s].finished == (len(tokens) <= 6)
+
+
+def count_graphs(share):
+    """Of 2,048 rollouts of 400 tokens in the mean, in 256 rows, 16 steps at a time: graphs, steps."""
+    rng, prompts = random.Random(0), [[1]] * 256
+    B, S = cache_size(256, 8, 1, 2048, 1, max_rows=256, budget=1e9)
+    schedule = Schedule(prompts, 8, B, S, [STOP], 2048)
+    length = {}
+    graphs, steps = 1, 0
+    while not schedule.is_done():
+        while schedule.wants_refill() and schedule.admit()[0]:
+            pass
+        if schedule.wants_fewer_rows(share):
+            schedule.drop_idle_rows()
+            graphs += 1
+        for _ in range(16):
+            tokens = []
+            for owner in schedule.owner:
+                left = length.setdefault(owner, 1 + int(rng.expovariate(1 / 400)))
+                done = owner and len(schedule.rollouts[owner[0]][owner[1]].tokens) + 1 >= left
+                tokens.append(STOP if done else 1)
+            schedule.record(range(len(tokens)), tokens, [-1.0] * len(tokens))
+        steps += 16
+    return graphs, steps
+
+
+def test_a_gpu_captures_half_as_many_graphs_for_as_many_steps():
+    many, few = count_graphs(BUSY_SHARE["cpu"]), count_graphs(BUSY_SHARE["cuda"])
+    assert few[0] <= 7 and many[0] >= 2 * few[0] and abs(few[1] - many[1]) < 0.1 * many[1]
