@@ -92,8 +92,9 @@ def test_too_many_query_heads_to_a_kv_head_are_refused(use_kernels):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_torch_says_what_the_definition_says(seed):
+def test_torch_says_what_the_definition_says(use_kernels, seed):
     """Ragged prompts, some without rows, shared or not; idle rows; every ratio of heads."""
+    use_kernels("torch")
     rng = random.Random(seed)
     prompts = [rng.randint(1, 12) for _ in range(rng.randint(1, 5))]
     rows = [(0, rng.randint(1, 9))]
