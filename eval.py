@@ -72,7 +72,8 @@ def ntp_hits(model, corpus, positions, longest):
         for run in cut(contexts, TOKENS_PER_PASS, len):
             tokens, layout = flatten([(context, []) for context in run], model.device)
             hidden = model.hidden(tokens, layout.positions, layout.attend)[layout.last_rows]
-            guesses += (hidden @ model.head.to(hidden.dtype).T).argmax(dim=-1).tolist()
+            logits = model.finite(hidden @ model.head.to(hidden.dtype).T)                # (n, V)
+            guesses += logits.argmax(dim=-1).tolist()
             bar.update(len(run))
     return (np.array(guesses) == corpus.tokens[positions[:, 0]]).astype(float)
 

@@ -154,6 +154,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
+        self.source = "this model"            # or the folder that it was loaded from
         self.checkpoint_activations = False   # True: the backward pass recomputes each block
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -228,7 +229,18 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens, but the model has {self.config.max_positions} positions")
         layout = make_layout([(T, [])] * B, tokens.device)
         hidden = self.hidden(tokens.flatten(), layout.positions, layout.attend)
-        return linear(hidden, self.head).float().view(B, T, -1)
+        return self.logits(hidden).view(B, T, -1)
+
+    def logits(self, hidden):
+        """hidden (N, D) -> (N, V), fp32."""
+        return linear(hidden, self.head).float()
+
+    def finite(self, values):
+        """-> values, which follow from logits; ValueError if one is NaN or infinite."""
+        if not values.isfinite().all():
+            raise ValueError(f"{self.source}: logits are not finite (NaN or infinite): the weights "
+                             "are damaged or have diverged")
+        return values
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu", compute_dtype=None,
@@ -243,6 +255,7 @@ class GPT(nn.Module):
             model = cls(read_config(folder), compute_dtype or dtype).to(dtype)
         if shard:
             shard(model)
+        model.source = str(folder)
         model.to_empty(device=device)
         hf.load_weights(model, folder)
         return model

@@ -79,7 +79,7 @@ def generate(model, prompts, n, max_new_tokens, temperature, stop_ids, seed, fir
         return []
     # The cache knows how many rows and slots fit into memory, the schedule fills them.
     cache = Cache(model, prompts, n, max_new_tokens, max_rows, kv_gb)
-    schedule = Schedule(prompts, n, cache.B, cache.S, stop_ids, max_new_tokens)
+    schedule = Schedule(prompts, n, cache.B, cache.S, stop_ids, max_new_tokens, model.source)
     # A rollout's randomness comes from its own key, whatever row it gets and when.
     keys = random_keys(range(first_prompt, first_prompt + len(prompts)), n, seed)        # (N, n)
     draw_tokens = partial(draw_next, model, temperature, truncate)
@@ -211,10 +211,11 @@ class Schedule:
     its first rollout starts, and frees it when the last of its n rollouts has ended.
     """
 
-    def __init__(self, prompts, n, B, S, stop_ids, max_new_tokens):
+    def __init__(self, prompts, n, B, S, stop_ids, max_new_tokens, source="this model"):
         # Sorted, so that prompts of similar length are computed together and padding is short.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         self.prompts = prompts
+        self.source = source    # whose tokens these are, for an error
         self.stop_ids = set(stop_ids)
         self.max_new_tokens = max_new_tokens
         self.rollouts = [[Rollout() for _ in range(n)] for _ in prompts]
@@ -270,9 +271,10 @@ class Schedule:
             prompt, number = self.owner[row]
             rollout = self.rollouts[prompt][number]
             if not math.isfinite(logprob):
-                raise ValueError(f"logits are NaN or infinite {len(rollout.tokens)} tokens after "
-                                 f"prompt {prompt} ({self.prompts[prompt][:8]}...): the checkpoint "
-                                 "is damaged or has diverged")
+                raise ValueError(f"{self.source}: logits are not finite (NaN or infinite) "
+                                 f"{len(rollout.tokens)} tokens after prompt {prompt} "
+                                 f"({self.prompts[prompt][:8]}...): the weights are damaged or "
+                                 "have diverged")
             rollout.tokens.append(token)
             rollout.logprobs.append(logprob)
             rollout.finished = token in self.stop_ids

@@ -21,8 +21,10 @@ from data.positions import SPLITS, scores_path
 from data.tokenizer import Tokenizer
 from model import GPT
 from plumbing import flags
+from plumbing.batch import flatten
 
 TOP = 16          # tokens over which the entropy is taken
+PIECE = 2**25     # logits at a time, 134 MB in fp32, and as many probabilities
 SAVE_EVERY = 100  # documents; Ctrl-C loses no more
 
 
@@ -32,17 +34,20 @@ def score_document(model, tokens, first):
 
     A document longer than the model is read in windows. All but the first are half context or more.
     """
-    window, parts = model.config.max_positions, []
+    window, vocab, parts = model.config.max_positions, model.config.vocab_size, []
     while first < len(tokens):
         start = max(0, min(first - window // 2, len(tokens) - window))
-        ids = torch.tensor(tokens[start:start + window].astype(np.int64), device=model.device)
-        targets = ids[first - start:]                                           # (n,)
-        logits = model(ids[None])[0, first - start - 1:-1]                      # (n, V)
-        probs, best = logits.softmax(dim=-1).topk(min(TOP, logits.shape[-1]), dim=-1)
-        entropy = -(probs * probs.clamp_min(1e-12).log()).sum(dim=-1)
-        parts.append(torch.stack([entropy, (best[:, 0] == targets).float()], dim=1))
+        ids, layout = flatten([(tokens[start:start + window].tolist(), [])], model.device)
+        hidden = model.hidden(ids, layout.positions, layout.attend)             # (window, D)
+        # Logits a piece at a time, because those of 32,768 positions may take 20 GB.
+        places = torch.arange(first - start, len(ids), device=model.device)
+        for piece in places.split(max(1, PIECE // vocab)):
+            probs = model.logits(hidden[piece - 1]).softmax(dim=-1)             # (n, V)
+            probs, best = probs.topk(min(TOP, vocab), dim=-1)
+            entropy = -(probs * probs.clamp_min(1e-12).log()).sum(dim=-1)
+            parts.append(torch.stack([entropy, (best[:, 0] == ids[piece]).float()], dim=1))
         first = start + len(ids)
-    return torch.cat(parts).cpu().numpy()
+    return model.finite(torch.cat(parts).cpu()).numpy()
 
 
 def score_corpus(corpus, proxy, documents=0, device="cpu"):
@@ -71,7 +76,8 @@ def score_corpus(corpus, proxy, documents=0, device="cpu"):
             if i % SAVE_EVERY == 0:
                 save_scores(path, scores)
     finally:  # also after Ctrl-C
-        save_scores(path, scores)
+        if not np.isnan(scores).all():
+            save_scores(path, scores)
     return path
 
 

@@ -68,7 +68,7 @@ def candidate_string(rng, model, tokenizer, context, truth, template, longest):
     """context ids, true next id -> a string, its prompt at most `longest`; None if impossible."""
     max_positions = model.config.max_positions
     end = torch.tensor([context[-min(longest, max_positions):]], device=model.device)
-    best = model(end)[0, -1].topk(CANDIDATES).indices.tolist()
+    best = model.finite(model(end)[0, -1]).topk(CANDIDATES).indices.tolist()
     candidates = list(dict.fromkeys([truth, *best]))[:CANDIDATES]
     rng.shuffle(candidates)
     words = [readable(tokenizer.decode_bytes([id])) for id in candidates]

@@ -98,7 +98,7 @@ def option_logprobs(model, tokenizer, choices):
     with tqdm(total=len(groups), desc="likelihood", unit="question", disable=None) as bar:
         for run in cut(groups, TOKENS_PER_PASS, count_tokens):
             tokens, layout = flatten(run, model.device)
-            logprobs = model.logprobs(tokens, layout)                               # (S,)
+            logprobs = model.finite(model.logprobs(tokens, layout))                 # (S,)
             by_option = iter(logprobs.split(layout.rollout_lens.tolist()))
             for _, options in run:
                 sums.append([next(by_option).sum().item() for _ in options])

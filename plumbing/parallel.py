@@ -100,6 +100,7 @@ def gathered(model):
         return model
     with torch.device("meta"):
         copy = type(model)(model.config, model.compute_dtype)
+    copy.source = model.source
     for name, weight in model.named_parameters():
         module, leaf = name.rsplit(".", 1)
         weight = whole(weight.detach().to(model.compute_dtype))

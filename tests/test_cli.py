@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import kernels
+from data.positions import scores_path
 from data.tokenizer import Tokenizer
 from model import GPT
-from tiny import ENVIRONMENT, ROOT, base, corpus, run_here
+from tiny import ENVIRONMENT, ROOT, base, corpus, run_here, write_lines
 
 HELP = {  # what a reader looks for: the unit, and what happens without the flag
     "train_rpt.py": ["above this entropy, nats (default: 1.0)", "tokens of a rollout; default: 8192, or half of the model's positions",
@@ -61,10 +62,10 @@ def with_an_unknown_field(folder):
     (folder / "config.json").write_text(json.dumps(config | dict(logit_softcapping=30.0)))
 
 
-def with_nan(folder):
+def with_weight(folder, value):
     model = GPT.from_pretrained(folder)
     with torch.no_grad():
-        model.norm.weight[0] = math.nan
+        model.norm.weight[0] = value
     model.save_pretrained(folder)
 
 
@@ -213,10 +214,36 @@ def test_a_run_that_is_there_is_not_overwritten(fails, corpus, base, tmp_path):
     assert files() == before
 
 
-def test_evaluating_weights_that_are_nan_is_one_line(fails, base, tmp_path):
-    checkpoint = copy_base(base, tmp_path / "nan")
-    with_nan(checkpoint)
-    fails("logits are NaN", "eval.py", checkpoint=checkpoint)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("line", [
+    *[f"eval.py lm --corpus CORPUS --proxy BASE --positions 2 --mode {mode} --checkpoints BAD --out OUT"
+      for mode in ("ntp", "reasoning", "greedy", "forced", "empty", "decodings")],
+    *[f"paper/choices.py --data CHOICES --mode {mode} --checkpoints BAD --out OUT --dump OUT"
+      for mode in ("likelihood", "reasoning")],
+    "paper/answers.py --data ANSWERS --checkpoints BAD --out OUT --dump OUT --top-k 2",
+    "data/filter.py --corpus CORPUS --proxy BAD", "sample.py --model BAD --prompt 1+1= --n 3",
+    "data/warmstart.py --corpus CORPUS --proxy BAD --out OUT --count 3",
+    "train_rpt.py --init BAD --corpus CORPUS --proxy BASE --out-dir RUN --entropy-threshold 0.5 --batch-size 2"])
+def test_logits_that_are_not_finite_are_one_line_and_leave_nothing_that_looks_like_a_result(
+        corpus, base, tmp_path, line, value):
+    bad, own = copy_base(base, tmp_path / "bad"), shutil.copytree(corpus.folder, tmp_path / "corpus")
+    with_weight(bad, value)
+    corpus = corpus._replace(folder=own)
+    if "warmstart" in line:  # scores of before
+        shutil.copy(scores_path(corpus, base), scores_path(corpus, bad))
+    write_lines(tmp_path / "choices", dict(question="Is one odd?", options=["yes", "no"], answer="A"))
+    write_lines(tmp_path / "answers", dict(question="1+1=", answer="2"))
+    paths = dict(CORPUS=own, BASE=base, BAD=bad, OUT=tmp_path / "out", RUN=tmp_path / "run",
+                 CHOICES=tmp_path / "choices", ANSWERS=tmp_path / "answers")
+    small = () if "filter" in line else ("--template", "short")
+    if "filter" not in line and "warmstart" not in line:
+        small += ("--max-new-tokens", 8)
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = run_here(*[paths.get(word, word) for word in line.split()], *small)
+    assert code == 2 and err.count("\n") == 1 and f"{bad}: logits are not finite" in err, err
+    written = {path.name for path in {*tmp_path.rglob("*")} - {*before}}
+    # A run has opened its folder by then, but holds no step.
+    assert written - {"run", "args.json"} == set()
 
 
 # ---- as a user types it ------------------------------------------------------------------------------------

@@ -89,6 +89,22 @@ def test_a_long_document_is_scored_with_at_least_half_a_window_of_context(tokeni
         assert score_document(model, older, 1)[t - 1, 0] == pytest.approx(whole[t - 1, 0], abs=1e-6)
 
 
+@pytest.mark.parametrize("piece", [1, 7, 24, 100])  # positions
+def test_logits_of_a_long_document_come_in_pieces_and_change_no_score(tokenizer, monkeypatch, piece):
+    model, sizes = tiny_model(tokenizer.vocab_size, max_positions=64), []
+    tokens = np.arange(150, dtype=np.uint32)
+    scores = score_document(model, tokens, 30)
+
+    def logits(hidden):
+        sizes.append(len(hidden))
+        return GPT.logits(model, hidden)
+
+    monkeypatch.setattr(model, "logits", logits)
+    monkeypatch.setattr(entropy_filter, "PIECE", piece * tokenizer.vocab_size)
+    assert score_document(model, tokens, 30) == pytest.approx(scores, abs=1e-5)
+    assert max(sizes) == min(piece, 34) and sum(sizes) == 120  # 34: the first window's
+
+
 def test_interrupted_scoring_goes_on_where_it_stopped(corpus, base, tmp_path, monkeypatch):
     folder = load_corpus(corpus.folder)._replace(folder=tmp_path)
     calls = []

@@ -170,7 +170,7 @@ def test_filter_scores_documents(corpus, base, tmp_path):
                                ignore=shutil.ignore_patterns("scores-*"))
     words = arguments("data/filter.py", corpus._replace(folder=unscored), base, None)
     report = emulated("data/filter.py", *words, "--documents", 2)
-    assert "data/filter.py:45  copy to the host" in report
+    assert "data/filter.py:50  copy to the host" in report
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def test_a_logit_that_is_not_finite_names_the_prompt():
     schedule = Schedule([[7, 8]], n=1, B=1, S=1, stop_ids=[STOP], max_new_tokens=9)
     schedule.admit()
     draw(schedule, [0], [3])
-    with pytest.raises(ValueError, match=r"infinite 1 tokens after prompt 0 \(\[7, 8\]"):
+    with pytest.raises(ValueError, match=r"infinite\) 1 tokens after prompt 0 \(\[7, 8\]"):
         schedule.record([0], [4], [math.nan])
 
 
