@@ -19,7 +19,6 @@ What `generate` promises to the trainer:
 import codecs
 import json
 import math
-import os
 import sys
 from collections import deque
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from kernels.attention import attention
 from kernels.decode import Rows, decode
 from kernels.linear import linear
 from kernels.logprob import draw, sample as sample_tokens
+from plumbing import memory
 from plumbing.batch import cut, flatten
 
 PREFILL_TOKENS = 8192   # in one forward pass over prompts; bounds its memory
@@ -45,10 +45,11 @@ SLOT_STEP = dict(cpu=1, cuda=256)
 # Once nothing waits and fewer rows than this share are busy, drop the idle ones. On a GPU each time
 # takes a new graph; 0.5 needs half as many of them as 0.75, for nearly as many steps.
 BUSY_SHARE = dict(cpu=0.75, cuda=0.5)
-# How much the KV cache may take: on a GPU of what is free, on a CPU of all memory, because that has
-# other uses. On a GPU the weights are there already, and the rest only has to hold the buffers of a
-# prefill, or of drawing tokens: below a GB for a model of 1.5B, 2 GB for 32B (bench/memory.py).
-KV_SHARE = dict(cpu=0.5, cuda=0.85)
+# How much of what is free the KV cache may take. The weights are there already, and the rest only
+# has to hold the buffers of a prefill, or of drawing tokens: below a GB for a model of 1.5B, 2 GB
+# for 32B (bench/memory.py).
+KV_SHARE = 0.85
+CPU_SHARE = 0.5         # of the machine's memory, at most, because that has other uses
 CAPTURE_BYTES = 2e9     # more than what a decode step needs beside weights and cache
 
 
@@ -413,17 +414,15 @@ def cache_size(N, n, P, R, token_bytes, max_rows, budget):
 
 
 def kv_budget(kv_gb, device):
-    """Bytes for the KV cache: as asked, or KV_SHARE of the memory (on a GPU of what is free)."""
+    """Bytes for the KV cache: as asked, or a share of the memory that is free."""
     if kv_gb is not None:
         return kv_gb * 1e9
-    share = KV_SHARE[device.type]
     if device.type == "cuda":
         # What the last update has freed is free too, although torch's allocator still holds it.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return share * (torch.cuda.mem_get_info(device)[0] + kept)
-    if hasattr(os, "sysconf"):
-        return share * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 4e9  # Windows
+        return KV_SHARE * (torch.cuda.mem_get_info(device)[0] + kept)
+    free, total = memory.available()
+    return min(KV_SHARE * free, CPU_SHARE * total)
 
 
 # ---- random numbers ----

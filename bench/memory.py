@@ -32,7 +32,7 @@ from bench.common import QWEN
 from kernels import logprob
 from model import read_config
 from plumbing import flags
-from sample import KV_SHARE, PREFILL_TOKENS, cache_size, slot_size
+from sample import CPU_SHARE, KV_SHARE, PREFILL_TOKENS, cache_size, slot_size
 from train_rpt import MAX_NEW_TOKENS, check_prompts_fit
 
 RESERVE = 0.06, 1e9  # share of the memory, and bytes
@@ -234,10 +234,11 @@ def sampling(config, args):
     # The cache takes its share of what is free. The last token of a rollout is never cached.
     cached, slot = max(1, rollout - 1), slot_size(prompt, args.device)
     token = 2 * config.n_layers * config.n_kv_heads * config.head_dim * size
-    free = args.gpu_gb * 1e9
+    budget = CPU_SHARE * args.gpu_gb * 1e9
     if args.device == "cuda":
-        free -= sum(parts.values()) + reserve(args)
-    budget = KV_SHARE[args.device] * free if args.kv_gb is None else args.kv_gb * 1e9
+        budget = KV_SHARE * (args.gpu_gb * 1e9 - sum(parts.values()) - reserve(args))
+    if args.kv_gb is not None:
+        budget = args.kv_gb * 1e9
     count, rows, slots = groups_of_a_rank(args), 0, 0
     if (slot + cached) * token <= budget:
         rows, slots = cache_size(count, args.rollouts, slot, cached, token, args.max_rows, budget)

@@ -83,8 +83,8 @@ def add_cache_flags(add):
     """How much is decoded at a time."""
     add("--max-rows", type=at_least(1), default=256, help="rollouts decoded at a time")
     add("--kv-gb", type=at_least(0, float),
-        help="memory for keys and values, 10^9 bytes; default: 85 %% of what is free on a GPU, "
-             "half of all on a CPU")
+        help="memory for keys and values, 10^9 bytes; default: 85 %% of what is free (on a CPU of "
+             "what a container's limit leaves, and at most half of the machine)")
 
 
 def add_length_flag(add, usual):

@@ -25,6 +25,7 @@ from kernels.attention import make_layout
 from model import GPT, GPTConfig
 from plumbing.batch import Example, pack
 from plumbing.optimizer import make_optimizer
+from plumbing import memory as process_memory
 from sample import generate, kv_budget
 
 SHAPES = [
@@ -172,14 +173,54 @@ def test_the_share_of_the_cache_leaves_room_for_all_other_buffers(gpus, lean, ke
 
 
 def test_the_sampler_takes_the_share_that_is_counted(monkeypatch):
-    """Of 10 GB that are free and 3 that torch's allocator keeps; on a CPU half of the memory."""
+    """Of 10 GB that are free and 3 that torch's allocator keeps; on a CPU at most half of all."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10e9, 80e9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 8e9)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5e9)
     assert kv_budget(None, torch.device("cuda")) == pytest.approx(0.85 * 13e9)
     assert kv_budget(2.5, torch.device("cuda")) == kv_budget(2.5, torch.device("cpu")) == 2.5e9
-    monkeypatch.setattr(os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 1_000_000)
-    assert kv_budget(None, torch.device("cpu")) == 2.048e9
+    for free, budget in ((7e9, 4e9), (2e9, 1.7e9)):
+        monkeypatch.setattr(process_memory, "available", lambda: (free, 8e9))
+        assert kv_budget(None, torch.device("cpu")) == budget
+
+
+GB = 10**9
+MEMINFO = {"proc/meminfo": "MemTotal: 23437500 kB\nMemFree: 1 kB\nMemAvailable: 19531250 kB\nHugePages: 0\n"}
+
+
+@pytest.mark.parametrize("files, free", [
+    (MEMINFO, 20),
+    # Version 2: the files lie in the group, around it, or at the mount of a container.
+    (MEMINFO | {"proc/self/cgroup": "0::/a/b\n", "a/b/memory.max": 3, "a/b/memory.current": 1}, 2),
+    (MEMINFO | {"proc/self/cgroup": "0::/a/b\n", "a/b/memory.max": "max", "a/b/memory.current": 1,
+                "a/memory.max": 5, "a/memory.current": 4.5}, 0.5),
+    (MEMINFO | {"proc/self/cgroup": "0::/\n", "memory.max": 3, "memory.current": 1}, 2),
+    (MEMINFO | {"proc/self/cgroup": "0::/../x\n", "memory.max": 3, "memory.current": 1}, 2),
+    (MEMINFO | {"proc/self/cgroup": "0::/a\n", "a/memory.max": 30, "a/memory.current": 2}, 20),
+    (MEMINFO | {"proc/self/cgroup": "0::/a\n", "a/memory.high": 3, "a/memory.max": 8, "a/memory.current": 2}, 1),
+    (MEMINFO | {"proc/self/cgroup": "0::/a\n", "a/memory.max": 3, "a/memory.current": 4}, 0),
+    # Cached files will make room.
+    (MEMINFO | {"proc/self/cgroup": "0::/a\n", "a/memory.max": 3, "a/memory.current": 2.5,
+                "a/memory.stat": f"anon {GB}\ninactive_file {GB}\nactive_file {GB // 2}\n"}, 1.5),
+    # Version 1, alone or beside an empty version 2; no limit is a huge number.
+    (MEMINFO | {"proc/self/cgroup": "9:cpu,cpuacct:/x\n4:memory:/a/b\n0::/\n", "memory/a/b/memory.limit_in_bytes": 4,
+                "memory/a/b/memory.usage_in_bytes": 2, "memory/a/b/memory.stat": f"total_inactive_file {GB}\n",
+                "memory/a/memory.limit_in_bytes": 2**63 / GB, "memory/a/memory.usage_in_bytes": 2}, 3),
+    (MEMINFO | {"proc/self/cgroup": "4:memory:/docker/1f\n", "memory/memory.limit_in_bytes": 3,
+                "memory/memory.usage_in_bytes": 1}, 2),
+    (MEMINFO | {"proc/self/cgroup": "4:cpu:/a\n", "cpu/a/memory.limit_in_bytes": 3,
+                "cpu/a/memory.usage_in_bytes": 1, "memory.max": 3, "memory.current": 1}, 20)])
+def test_free_is_what_the_machine_has_and_every_group_around_the_process_leaves(tmp_path, files, free):
+    for name, content in files.items():
+        path = tmp_path / (name if name.startswith("proc") else f"sys/fs/cgroup/{name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else f"{int(content * GB)}\n")
+    assert process_memory.available(tmp_path) == (free * GB, 24 * GB)
+
+
+def test_without_such_files_the_whole_machine_is_free(tmp_path):
+    free, total = process_memory.available(tmp_path)
+    assert free == total == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_a_prompt_without_room_is_refused():
