@@ -14,7 +14,8 @@ hard are entropy > 0.5, 1.0 and 1.5 nats, nested. Every checkpoint answers the s
 
 The last three show what a model can do without training if it is only decoded in another way.
 A prediction is right by `reward.prefix_match`, whatever reward an objective gives it. Brackets are
-95 % bootstrap intervals over documents, because positions of one document are correlated. All
+95 % bootstrap intervals over documents, because positions of one document are correlated; where
+there are fewer than 10, or all agree, at least as wide as Wilson's for so many trials. All
 figures are in percent. Exact answers: paper/answers.py. Multiple choice: paper/choices.py.
 """
 import itertools
@@ -42,7 +43,8 @@ from plumbing.truncate import truncation
 from reward import box_at_once, extract_prediction, prefix_match
 from sample import generate
 
-BOOTSTRAP = 1000
+BOOTSTRAP = 1000        # resamples
+FEW = 10                # documents, of which resamples alone would be too sure
 TOKENS_PER_PASS = 8192  # of a forward pass over contexts; bounds memory
 MAX_NEW_TOKENS = 8192   # of a rollout, where the model has the room
 DECODINGS = ["reasoning", "majority", "forced", "forced-majority", "greedy", "forced-greedy"]
@@ -215,16 +217,27 @@ def count_any(rewards, predictions, rollouts):
 def interval(values, documents, seed):
     """(n,) values and the document of each -> ends of the 95 % bootstrap interval of their mean.
 
-    If all values are equal, all resamples are; then it is Wilson's interval for as many trials as
-    there are documents.
+    Resamples of a few documents differ too little, and where all documents agree not at all. It
+    then also covers Wilson's interval for as many trials as there are documents.
     """
     _, document = np.unique(documents, return_inverse=True)
     sums, counts = np.bincount(document, weights=values), np.bincount(document)
-    if np.ptp(values) == 0:
-        width = 1.96**2 / (len(sums) + 1.96**2)
-        return values[0] * (1 - width) + np.array([0, width])
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(BOOTSTRAP, len(sums)))
-    return np.percentile(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1), [2.5, 97.5])
+    n = len(sums)
+    drawn = np.random.default_rng(seed).integers(n, size=(BOOTSTRAP, n))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    if n >= FEW and high - low > 1e-9:  # more than rounding
+        return np.array([low, high])
+    lowest, highest = wilson(values.mean(), n)
+    return np.clip([min(low, lowest), max(high, highest)], 0, 1)
+
+
+def wilson(share, n):
+    """95 % interval of a share of n trials; it makes sense at 0 and 1, too."""
+    z2 = 1.96**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = (z2 * share * (1 - share) / n + (z2 / (2 * n))**2)**0.5 / (1 + z2 / n)
+    return middle - half, middle + half
 
 
 def read_beside(path, splits, seed):

@@ -17,9 +17,12 @@ import sys
 import zlib
 from pathlib import Path
 
+import numpy as np
+
 if __name__ == "__main__":  # the repository, not paper/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from data.questions import field, read_lines
+from eval import wilson
 from plot import COLOURS, COLUMN, GREY, SMALL, draw_whisker_bars, picture, short_names
 from plumbing import flags
 from plumbing.checkpoint import write
@@ -104,14 +107,6 @@ def compare(responses):
     return lines
 
 
-def wilson(percent, n):
-    """95 % interval of a share of n answers, in percent; it makes sense at 0 and 100, too."""
-    share, z2 = percent / 100, 1.96 ** 2
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = (z2 * share * (1 - share) / n + (z2 / (2 * n)) ** 2) ** 0.5 / (1 + z2 / n)
-    return 100 * (middle - half), 100 * (middle + half)
-
-
 # ---- showing ----
 
 def print_patterns(lines):
@@ -145,7 +140,7 @@ def draw_patterns(lines, out):
         for i, line in enumerate(lines):
             y = [block - 0.4 + (i + 0.5) * height for block in range(len(KEYWORDS))]
             values = [line[group] for group in KEYWORDS]
-            intervals = [wilson(value, line["n"]) for value in values]
+            intervals = [100 * np.array(wilson(value / 100, line["n"])) for value in values]
             draw_whisker_bars(ax, y, values, intervals, 0.85 * height, color=colours[i],
                               label=f"{names[i]} (n = {line['n']:,})")
         ax.set_yticks(range(len(KEYWORDS)), [group.capitalize() for group in KEYWORDS])

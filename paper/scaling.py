@@ -143,7 +143,7 @@ def fit_run(run, mode):
         if len(points) < 4 or np.ptp(accuracy) == 0:
             raise ValueError(f"{run}, {mode}, {split}: three parameters need 4 or more checkpoints "
                              f"of different accuracy, got {accuracy.tolist()}")
-        # Where nothing or everything was right an interval has width 0, which is no certainty.
+        # An interval of width 0, as eval.py once wrote them, is no certainty.
         error = np.maximum((high - low) / 3.92, 100 / n)
         found = fit(compute, accuracy, error)
         fits.append(dict(split=split, mode=mode) | found | dict(points=points))

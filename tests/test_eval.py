@@ -10,7 +10,7 @@ import eval as evaluation
 from data.positions import SPLITS, choose_positions, find_scores, load_positions
 from data.prompt import stop_ids
 from data.tokenizer import Tokenizer
-from eval import interval, majority_hits, ntp_hits, think
+from eval import interval, majority_hits, ntp_hits, think, wilson
 from model import GPT
 from objectives import Group, Question
 from objectives.rpt import predictions as read_boxes
@@ -308,6 +308,47 @@ def test_documents_of_unequal_size_are_drawn_whole_and_the_interval_still_holds_
         low, high = interval(hits, documents, seed=case)
         held += low <= 0.4 <= high
     assert 0.91 <= held / 250 <= 0.98
+
+
+@pytest.mark.parametrize("hits, n", [(0, 10), (3, 10), (57, 200), (200, 200)])
+def test_wilson_ends_are_the_shares_that_the_data_just_do_not_contradict(hits, n):
+    for p, side in zip(wilson(hits / n, n), (1, -1)):
+        assert hits / n - p == pytest.approx(side * 1.96 * (p * (1 - p) / n) ** 0.5, abs=1e-9)
+
+
+@pytest.mark.parametrize("documents", [1, 2, 9, 10, 40])
+@pytest.mark.parametrize("right", [0, 1, 3, 5])
+def test_documents_that_all_agree_leave_as_much_doubt_as_so_many_trials(documents, right):
+    values = np.tile([1.0] * right + [0.0] * (5 - right), documents)
+    found = interval(values, np.repeat(np.arange(documents), 5), seed=0)
+    assert found == pytest.approx(wilson(right / 5, documents), abs=1e-9)
+    # Means over several thoughts round.
+    found = interval(values / 3, np.repeat(np.arange(documents), 5), seed=0)
+    assert found == pytest.approx(wilson(right / 15, documents), abs=1e-9)
+
+
+def test_of_a_few_documents_the_interval_holds_the_truth_too():
+    rng = np.random.default_rng(0)
+    for documents in (1, 2, 3, 5, 9):
+        held = 0
+        for case in range(200):
+            sizes = rng.integers(1, 12, size=documents)
+            where = np.repeat(np.arange(documents), sizes)
+            hits = rng.random(len(where)) < rng.beta(2, 3, size=documents)[where]  # mean 0.4
+            low, high = interval(hits.astype(float), where, seed=case)
+            held += low <= 0.4 <= high
+            assert 0 <= low <= hits.mean() <= high <= 1 and high - low > 0.2
+        assert held / 200 >= 0.95
+
+
+def test_from_ten_documents_on_the_interval_is_the_bootstraps_alone():
+    rng = np.random.default_rng(3)
+    for documents in (10, 47):
+        where = np.repeat(np.arange(documents), 3)
+        hits = (rng.random(len(where)) < 0.4).astype(float)
+        drawn = np.random.default_rng(7).integers(documents, size=(1000, documents))
+        means = [np.concatenate([hits[where == d] for d in row]).mean() for row in drawn]
+        assert interval(hits, where, seed=7) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=1e-12)
 
 
 def test_no_hit_in_100_is_no_certainty_of_zero():

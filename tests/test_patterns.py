@@ -5,7 +5,7 @@ import zlib
 import pytest
 
 from paper.patterns import (KEYWORDS, compare, describe, draw_patterns, keyword_regex,
-                            read_responses, wilson)
+                            read_responses)
 from tiny import run_here, write_lines
 
 
@@ -73,13 +73,6 @@ def test_checkpoints_are_compared_with_the_first_and_empty_thoughts_left_out(tmp
 def test_a_dump_that_cannot_be_described_is_named(tmp_path, line, complaint):
     with pytest.raises(ValueError, match=f"dump.jsonl:? {complaint}"):
         read_responses([write_lines(tmp_path / "dump.jsonl", line)])
-
-
-@pytest.mark.parametrize("hits, n", [(0, 10), (3, 10), (57, 200), (200, 200)])
-def test_wilson_ends_are_the_shares_that_the_data_just_do_not_contradict(hits, n):
-    for share, side in zip(wilson(100 * hits / n, n), (1, -1)):
-        p = share / 100
-        assert hits / n - p == pytest.approx(side * 1.96 * (p * (1 - p) / n) ** 0.5, abs=1e-7)
 
 
 # ---- picture and command line ----
