@@ -19,8 +19,10 @@ What `generate` promises to the trainer:
 import codecs
 import json
 import math
+import os
 import sys
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
@@ -478,6 +480,9 @@ def parse_args():
 def read_prompt(args):
     """The text of --prompt, of --prompt-file, or from stdin, as it stands."""
     if args.prompt is not None:
+        # Like a file it is UTF-8, also where the locale would have its bytes read as another text.
+        with suppress(UnicodeError):
+            return os.fsencode(args.prompt).decode("utf-8")
         return args.prompt
     if args.prompt_file == "-" and sys.stdin.isatty():
         print("Type the text to continue, then Ctrl-D on a line of its own:", file=sys.stderr)
@@ -519,7 +524,10 @@ if __name__ == "__main__":
         text, box = raw.decode("utf-8", "replace"), extract_prediction(raw)
         box = None if box is None else box.decode("utf-8", "replace")
         if args.json:
-            print(json.dumps(dict(text=text, box=box, **vars(rollout)), ensure_ascii=False))
+            # The escapes of JSON, and not those of the stream, where it cannot print everything.
+            is_utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
+            record = dict(text=text, box=box, **vars(rollout))
+            print(json.dumps(record, ensure_ascii=not is_utf8))
         else:
             end = "finished" if rollout.finished else "cut off"
             print("" if streamed else text)

@@ -79,8 +79,8 @@ def layouts_of_sums(ttgir):
 
 def output(command):
     """What a command prints, to either stream."""
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          check=True).stdout
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          encoding="utf-8", check=True).stdout
 
 
 def specialise(kernel, arguments):

@@ -166,7 +166,7 @@ def run_pytest(words):
         command += ["-n", "8" if len(words) > 3 else "3"]
     device = "cpu" if is_tiny else "cuda"
     ran = subprocess.run(command, cwd=flags.ROOT, env=os.environ | dict(NANORPT_TEST_DEVICE=device),
-                         text=True, stdout=subprocess.PIPE)
+                         encoding="utf-8", stdout=subprocess.PIPE)
     print(ran.stdout[-6000:])
     failed = [line[:200] for line in ran.stdout.splitlines() if line.startswith("FAILED")]
     say("pytest", tests=words, result=ran.stdout.strip().splitlines()[-1], failed=failed)
@@ -495,7 +495,7 @@ def sanitizer():
     ran = subprocess.run(
         ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9",
          *command_of("launches")],
-        cwd=flags.ROOT, env=environment, text=True, stdout=subprocess.PIPE)
+        cwd=flags.ROOT, env=environment, encoding="utf-8", stdout=subprocess.PIPE)
     print(ran.stdout[-6000:])
     say("sanitizer", result=ran.stdout.strip().splitlines()[-1])
     check(ran.returncode == 0, "memory errors")
@@ -547,9 +547,9 @@ def run_steps(names):
         # Interpreted kernels on a busy CPU have no such limit.
         limit *= 5 if is_tiny else 1
         start = time.monotonic()
-        child = subprocess.Popen(command_of(name), cwd=flags.ROOT, env=environment, text=True,
+        child = subprocess.Popen(command_of(name), cwd=flags.ROOT, env=environment,
                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                 start_new_session=True)
+                                 encoding="utf-8", start_new_session=True)
         timer = Timer(limit, os.killpg, (child.pid, 9))
         timer.start()
         for line in child.stdout:

@@ -93,7 +93,7 @@ def write_corpus(documents, tokenizer, out, skipped=None, /, **about):
         tokenizer.save(partial / "tokenizer")
         meta = dict(format=FORMAT, version=VERSION, fingerprint=tokenizer.fingerprint,
                     documents=len(docs), val_documents=int(is_val.sum()), **counts, **about)
-        (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         if out.exists():
             out.rename(old)
         partial.rename(out)

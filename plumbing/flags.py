@@ -32,6 +32,9 @@ class Parser(argparse.ArgumentParser):
         """hint: what else may have been meant, for the line of an error."""
         super().__init__(description=description, formatter_class=Help)
         self.hint = hint
+        # No run should die of a sample that the locale cannot print: it is shown as escapes.
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")
 
     def error(self, message):
         message = message.removeprefix("argument ").replace(": must be", " must be", 1)
@@ -117,7 +120,7 @@ def commit():
     """The commit of this repository, with -dirty if files have changed since."""
     with suppress(OSError):  # no git
         git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
-                             capture_output=True, text=True)
+                             capture_output=True, encoding="utf-8")
         return git.stdout.strip() or "unknown"
     return "unknown"
 

@@ -245,7 +245,8 @@ def save_batch(path, batches):
 def append(path, records):
     """Add JSON lines to a log."""
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    with open(path, "a", encoding="utf-8") as file:
+    # A lone surrogate, from a folder's name that is no text, becomes JSON's escape.
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write("".join(lines))
 
 

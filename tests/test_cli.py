@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import kernels
 from data.positions import scores_path
 from data.tokenizer import Tokenizer
 from model import GPT
-from tiny import ENVIRONMENT, ROOT, base, corpus, run_here, write_lines
+from tiny import ENVIRONMENT, ROOT, base, corpus, run_here, tiny_model, write_lines
 
 HELP = {  # what a reader looks for: the unit, and what happens without the flag
     "train_rpt.py": ["above this entropy, nats (default: 1.0)", "tokens of a rollout; default: 8192, or half of the model's positions",
@@ -290,3 +291,73 @@ def test_a_run_in_place_of_a_checkpoint_is_told_its_newest(corpus, base, tmp_pat
 def test_impossible_sampling_is_refused_before_anything_is_loaded(line):
     code, _, err = run_here(*line.split(), "--checkpoints", "NOWHERE", "--top-p", "2")
     assert code == 2 and err.count("\n") == 1 and "top-p in (0, 1]" in err
+
+
+# ---- text in every locale ----------------------------------------------------------------------------------
+
+TEXTS = ["Ответ: семь. 答えは七です。", "الجواب سبعة 🙂 é", "κάθε γλώσσα έχει λέξεις", "ทุกภาษามีคำ", "모든 언어에는 단어가 있다"]
+DRIVER = """
+import json, runpy, sys
+for script, *words in json.loads(sys.argv[1]):
+    sys.argv = [script, *words]
+    print("\\n>", script, flush=True)
+    runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.fixture(params=["C", "en_US.ISO-8859-1"])
+def locale(request, tmp_path):
+    """Variables of a locale that has no UTF-8."""
+    if request.param != "C":
+        if not shutil.which("localedef"):
+            pytest.skip("no localedef: this locale cannot be made")
+        if subprocess.run(["localedef", "-i", "en_US", "-f", "ISO-8859-1", tmp_path / request.param],
+                          capture_output=True).returncode:
+            pytest.skip("localedef has no sources")
+    return ENVIRONMENT | dict(LC_ALL=request.param, LOCPATH=str(tmp_path), PYTHONUTF8="0",
+                              PYTHONCOERCECLOCALE="0")
+
+
+def test_any_text_is_prepared_trained_on_sampled_and_dumped_in_any_locale(tmp_path, locale):
+    pytest.importorskip("matplotlib")
+    tokenizer = Tokenizer.load("embedded")
+    base = tmp_path / "моя модель"   # a path that the locale cannot print
+    model = tiny_model(tokenizer.vocab_size, 600)   # random: it prints all kinds of bytes
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(8 if weight.ndim == 2 else 1)   # else all entropies are alike
+    model.save_pretrained(base)
+    tokenizer.save(base)
+    lines = [json.dumps(dict(text=TEXTS[i % 5] + f" {i}"), ensure_ascii=False) for i in range(60)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    question = json.dumps(dict(question=TEXTS[0], answer="7"), ensure_ascii=False)
+    (tmp_path / "questions.jsonl").write_text(question, encoding="utf-8")
+    small = "--template short --max-new-tokens 16 --temperature 1"
+    commands = [line.split() for line in f"""
+        data/prepare.py texts.jsonl --tokenizer embedded --out corpus
+        data/filter.py --corpus corpus --proxy BASE
+        train_rpt.py --init BASE --corpus corpus --out-dir run --steps 1 --batch-size 4 --rollouts 2 {small}
+        eval.py lm --corpus corpus --checkpoints BASE --positions 9 --out results.json --dump dump.jsonl {small}
+        paper/answers.py --data questions.jsonl --checkpoints BASE --dump answers.jsonl {small}
+        plot.py run --out run.png
+        sample.py --model BASE --prompt PROMPT --n 3
+        sample.py --model BASE --prompt PROMPT --n 1
+        sample.py --model BASE --prompt PROMPT --n 16 --json""".split("\n")[1:]]
+    swap = dict(BASE=str(base), PROMPT=TEXTS[1])
+    commands = [[str(ROOT / line[0]), *[swap.get(word, word) for word in line[1:]]] for line in commands]
+    # Without escapes, so that the child reads all words as the locale would have it.
+    words = json.dumps(commands, ensure_ascii=False)
+    done = subprocess.run([sys.executable, "-c", DRIVER, words], cwd=tmp_path, env=locale, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode("utf-8", "replace")
+    for log in ("dump.jsonl", "run/samples.jsonl", "answers.jsonl"):
+        for line in (tmp_path / log).read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            about = record.get("question") or record["context"].removeprefix("...")
+            whole = re.sub(r"\\x..", "", about).rstrip(" 0123456789")  # no ends of characters, no number
+            assert any(whole in text for text in TEXTS)
+        assert not (tmp_path / log).read_text(encoding="utf-8").isascii()
+    # The last command as it is where all is UTF-8.
+    _, expected, _ = run_here("sample.py", *commands[-1][1:])
+    printed = done.stdout.decode("iso-8859-1").rpartition("sample.py\n")[2].splitlines()
+    assert list(map(json.loads, printed)) == list(map(json.loads, expected.splitlines()))
+    assert re.search("[\xa0-\xff]", expected) and "\ufffd" in expected

@@ -4,6 +4,7 @@
 """
 import ast
 import io
+import re
 import sys
 import tokenize
 from pathlib import Path
@@ -159,6 +160,24 @@ def test_no_line_is_longer_than_100_columns():
     long = [f"{name}:{i}" for name in HERE.source
             for i, line in enumerate(HERE.lines[name], start=1) if len(line) > 100]
     assert long == []
+
+
+def test_every_text_that_is_read_or_written_names_its_encoding():
+    missing = []
+    for name in HERE.source:
+        for node in ast.walk(HERE.trees[name]):
+            if not isinstance(node, ast.Call):
+                continue
+            # run.open() is our own.
+            called = ast.unparse(node.func).removeprefix("run.open")
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            modes = [ast.unparse(argument) for argument in node.args[:2]] + [given.get("mode", "")]
+            opens = called.rpartition(".")[2] in ("open", "fdopen", "read_text", "write_text")
+            is_text = opens and not any(re.fullmatch("'[rwax+]*b[+]?'", mode) for mode in modes)
+            is_text |= called.startswith("subprocess.") and bool({"text", "universal_newlines"} & given.keys())
+            if is_text and "encoding" not in given:
+                missing.append(f"{name}:{node.lineno}")
+    assert missing == []
 
 
 def test_train_rpt_imports_at_most_25_names_and_8_files_are_on_top():
