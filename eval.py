@@ -13,13 +13,16 @@ hard are entropy > 0.5, 1.0 and 1.5 nats, nested. Every checkpoint answers the s
     majority    what most of the K thoughts predict, which counts as one prediction
 
 The last three show what a model can do without training if it is only decoded in another way.
-A prediction is right by `reward.prefix_match`, whatever reward an objective gives it. Brackets are
-95 % bootstrap intervals over documents, because positions of one document are correlated; where
-there are fewer than 10, or all agree, at least as wide as Wilson's for so many trials. All
-figures are in percent. Exact answers: paper/answers.py. Multiple choice: paper/choices.py.
+A prediction is right by `reward.prefix_match`, whatever reward an objective gives it. All figures
+are in percent. Brackets are 95 % bootstrap intervals over documents, because positions of one
+document are correlated; where there are fewer than 10, or all agree, at least as wide as Wilson's
+for so many trials. --out is written after each checkpoint. After a kill the same command begins
+anew; to keep what is there, ask for the other checkpoints --beside it.
+Exact answers: paper/answers.py. Multiple choice: paper/choices.py.
 """
 import itertools
 import json
+import os
 import sys
 from collections import Counter
 from functools import partial
@@ -38,7 +41,8 @@ from objectives.rpt import ask, predictions
 from plumbing import flags
 from plumbing.batch import cut, flatten
 from plumbing.checkpoint import write
-from plumbing.log import RolloutBar, append, in_words
+from plumbing.hf import weight_files
+from plumbing.log import RolloutBar, dump, in_words, other_lines
 from plumbing.truncate import truncation
 from reward import box_at_once, extract_prediction, prefix_match
 from sample import generate
@@ -50,6 +54,7 @@ MAX_NEW_TOKENS = 8192   # of a rollout, where the model has the room
 DECODINGS = ["reasoning", "majority", "forced", "forced-majority", "greedy", "forced-greedy"]
 MODES = dict(both=["ntp", "reasoning"], all=["ntp", "reasoning", "empty"],
              decodings=["ntp", *DECODINGS, "empty"])  # or one alone
+SHOWN = ("checkpoint", "mode", "accuracy", "low", "high", "split", "n", "seed")  # in the table
 VOTES = {"majority": "reasoning", "forced-majority": "forced"}  # whose rollouts have a vote
 
 
@@ -150,7 +155,6 @@ def think(model, tokenizer, corpus, positions, args, mode="reasoning"):
 def evaluate(checkpoint, corpus, positions, splits, args):
     """One checkpoint on all positions -> lines of results.json."""
     model, tokenizer = load_model(checkpoint, args.device)
-    corpus.check(tokenizer, checkpoint)
     results, thoughts = [], {}
     for mode in MODES.get(args.mode, [args.mode]):
         sampled = VOTES.get(mode, mode)
@@ -163,7 +167,7 @@ def evaluate(checkpoint, corpus, positions, splits, args):
             thoughts[sampled] = groups
             if args.dump:
                 about = dict(checkpoint=checkpoint, mode=sampled)
-                append(args.dump, [about | in_words(tokenizer, group, 0) for group in groups])
+                dump(args.dump, [about | in_words(tokenizer, group, 0) for group in groups])
         if mode in VOTES:
             hits = majority_hits(thoughts[sampled])
         for split, i in splits.items():
@@ -243,11 +247,15 @@ def wilson(share, n):
 def read_beside(path, splits, seed):
     """-> the lines of a results.json; ValueError if they are about other positions."""
     with open(path, encoding="utf-8") as file:
-        lines = json.load(file)
-    for line in lines:
-        if (line["n"], line["seed"]) != (len(splits.get(line["split"], [])), seed):
-            raise ValueError(f"{path} is about other positions: it says --seed {line['seed']}, "
-                             f"{line['n']} {line['split']} ones")
+        try:
+            lines = json.load(file)
+            shown = [[line[name] for name in SHOWN] for line in lines]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}: not a results.json of eval.py ({error!r})") from None
+    for *_, split, n, its_seed in shown:
+        if (n, its_seed) != (len(splits.get(split, [])), seed):
+            raise ValueError(f"{path} is about other positions: it says --seed {its_seed}, "
+                             f"{n} {split} ones")
     return lines
 
 
@@ -299,8 +307,9 @@ def add_thought_flags(add, of):
     add("--samples", type=flags.at_least(1), default=1, metavar="K", help=f"thoughts for each {of}")
     flags.add_length_flag(add, MAX_NEW_TOKENS)
     flags.add_sampling_flags(add)
-    add("--out", help="write the table here as JSON")
-    add("--dump", help=f"append one rollout for each {of} here, as JSON lines")
+    add("--out", help="write the table here as JSON, after each checkpoint")
+    add("--dump", help=f"add one rollout for each {of} to this file, as JSON lines, in place of "
+                       f"earlier ones of the same checkpoint about the same {of}")
     add("--seed", type=flags.at_least(0), default=0, help=f"chooses {of}s and thoughts")
     flags.add_device_flag(add)
 
@@ -314,6 +323,37 @@ def fill_in_length(args):
     """--max-new-tokens, where it is not given: the same for all checkpoints."""
     positions = min(read_config(checkpoint).max_positions for checkpoint in args.checkpoints)
     args.max_new_tokens = flags.new_tokens(args.max_new_tokens, MAX_NEW_TOKENS, positions)
+
+
+def check_paths(args, corpus=None):
+    """Look at every path before hours of work; make the folders of --out and --dump."""
+    for checkpoint in args.checkpoints:
+        weight_files(checkpoint)
+        tokenizer = Tokenizer.load(checkpoint)
+        if corpus:
+            corpus.check(tokenizer, checkpoint)
+    for path in filter(None, (args.out, args.dump)):
+        folder = os.path.dirname(path) or "."
+        os.makedirs(folder, exist_ok=True)
+        if os.path.isdir(path) or not os.access(folder, os.W_OK):
+            raise ValueError(f"{path}: cannot be written; choose another file")
+    if args.dump:
+        other_lines(args.dump, [])
+
+
+def evaluate_each(evaluate, what, asked, args, results=()):
+    """-> `results` and the lines of each checkpoint; --out is written after each of them.
+
+    what: is asked, in words.
+    """
+    results = list(results)
+    for checkpoint in args.checkpoints:
+        print(f"{checkpoint}: {what}", flush=True)
+        results += evaluate(checkpoint, *asked, args)
+        if args.out:
+            write(args.out, json.dumps(results, indent=1))
+            print(f"written to {args.out}", flush=True)
+    return results
 
 
 def parse_args():
@@ -350,10 +390,7 @@ if __name__ == "__main__":
     scores = find_scores(corpus, args.proxy)
     positions, splits = choose_positions(corpus, scores, args.positions, args.seed)
     results = read_beside(args.beside, splits, args.seed) if args.beside else []
-    for checkpoint in args.checkpoints:
-        print(f"{checkpoint}: {len(positions)} held-out positions", flush=True)
-        results += evaluate(checkpoint, corpus, positions, splits, args)
+    check_paths(args, corpus)
+    results = evaluate_each(evaluate, f"{len(positions)} held-out positions",
+                            (corpus, positions, splits), args, results)
     print_table(results)
-    if args.out:
-        write(args.out, json.dumps(results, indent=1))
-        print(f"written to {args.out}")

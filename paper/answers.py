@@ -8,7 +8,6 @@ equals the answer by data/answers.py. Accuracy is the mean over all thoughts, pa
 questions with at least one right thought of K; in percent, with 95 % bootstrap intervals over
 questions. The prompt holds no examples. Multiple choice: paper/choices.py.
 """
-import json
 import sys
 from pathlib import Path
 
@@ -19,12 +18,11 @@ if __name__ == "__main__":  # the repository, not paper/, is where imports start
 from data.answers import answers_equal
 from data.prompt import QUESTION_TEMPLATES, SOLVE, question_prompt
 from data.questions import read_questions
-from eval import (add_thought_flags, check_sampling, count_any, fill_in_length, load_model,
-                  sample_rollouts, thought_result)
+from eval import (add_thought_flags, check_paths, check_sampling, count_any, evaluate_each,
+                  fill_in_length, load_model, sample_rollouts, thought_result)
 from objectives.rpt import predictions
 from plumbing import flags
-from plumbing.checkpoint import write
-from plumbing.log import append, text_of
+from plumbing.log import dump, text_of
 
 
 def choose_questions(questions, limit, seed):
@@ -67,7 +65,7 @@ def think(checkpoint, model, tokenizer, texts, truths, is_right, args):
             reward=right[0]))
 
     if args.dump:
-        append(args.dump, records)
+        dump(args.dump, records)
     return count_any(rewards, predicted, groups)
 
 
@@ -85,15 +83,9 @@ def evaluate(checkpoint, questions, args):
 def evaluate_all(evaluate, questions, args):
     """Ask all checkpoints --limit of the questions, print the table, write --out."""
     fill_in_length(args)
+    check_paths(args)
     questions = choose_questions(questions, args.limit, args.seed)
-    results = []
-    for checkpoint in args.checkpoints:
-        print(f"{checkpoint}: {len(questions)} questions", flush=True)
-        results += evaluate(checkpoint, questions, args)
-    print_subjects(results)
-    if args.out:
-        write(args.out, json.dumps(results, indent=1))
-        print(f"written to {args.out}")
+    print_subjects(evaluate_each(evaluate, f"{len(questions)} questions", (questions,), args))
 
 
 def print_subjects(results):

@@ -155,7 +155,7 @@ def speak_once(kind, error, traceback):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(2)
     if isinstance(error, KeyboardInterrupt):
-        message, code = "interrupted: start the same command again to continue", 130
+        message, code = "interrupted: start the same command again", 130
     elif fixable:
         message, code = f"{os.path.basename(sys.argv[0])}: {error}", 2
     else:

@@ -6,6 +6,7 @@ docs/log.md explains every metric.
 """
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -16,10 +17,12 @@ import torch
 from tqdm import tqdm
 
 from plumbing import parallel
+from plumbing.checkpoint import write
 
 SAMPLES = 2               # rollouts a step in samples.jsonl; --rollouts is no less
 CONTEXT_TOKENS = 64       # of the end of the context, in samples.jsonl
 QUIET_STEPS = 20          # steps in which no group has a signal, before a warning
+ABOUT = ("checkpoint", "mode", "context", "question", "truth")  # of a line of a dump
 # bf16, dense, FLOP/s. On hardware that is not listed mfu is 0.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
@@ -244,10 +247,43 @@ def save_batch(path, batches):
 
 def append(path, records):
     """Add JSON lines to a log."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(as_lines(records))
+
+
+def as_lines(records):
+    """Records -> JSON lines."""
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     # A lone surrogate, from a folder's name that is no text, becomes JSON's escape.
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write("".join(lines))
+    return "".join(lines).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def dump(path, records):
+    """Add rollouts to a file, in place of those about the same: a repeated command adds none."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe
+        append(path, records)
+    else:
+        write(path, "".join(other_lines(path, records)) + as_lines(records))
+
+
+def other_lines(path, records):
+    """The lines of a dump, if there is one, that are not about the same as one of the records."""
+    if not os.path.isfile(path):
+        return []
+    new, others = {about(record) for record in records}, []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                if about(json.loads(line)) not in new:
+                    others.append(line.rstrip("\n") + "\n")
+            except (ValueError, AttributeError):
+                raise ValueError(f"{path} line {number}: not a line of a dump: {line[:60]!r}; "
+                                 "choose another file") from None
+    return others
+
+
+def about(record):
+    return json.dumps([record.get(name) for name in ABOUT])
 
 
 def read_metrics(run):

@@ -247,6 +247,85 @@ def test_logits_that_are_not_finite_are_one_line_and_leave_nothing_that_looks_li
     assert written - {"run", "args.json"} == set()
 
 
+# ---- hours of evaluation -----------------------------------------------------------------------------------
+
+@pytest.fixture(params=["eval.py lm --corpus CORPUS --proxy BASE --positions 3", "paper/choices.py --data CHOICES",
+                        "paper/answers.py --data ANSWERS"])
+def evaluates(request, corpus, base, tmp_path):
+    """evaluates(checkpoint, ...) -> exit code, stdout, stderr of one of the three commands."""
+    write_lines(tmp_path / "choices", *[dict(question=f"Is {i} odd?", options=["yes", "no"], answer="A") for i in (1, 3)])
+    write_lines(tmp_path / "answers", *[dict(question=f"{i}+1=", answer="2") for i in (1, 3)])
+    paths = dict(CORPUS=corpus.folder, BASE=base, CHOICES=tmp_path / "choices", ANSWERS=tmp_path / "answers")
+    words = [paths.get(word, word) for word in request.param.split()]
+
+    def run(*checkpoints, out="out/results.json"):
+        return run_here(*words, "--checkpoints", *checkpoints, "--template", "short", "--max-new-tokens", 8,
+                        "--out", tmp_path / out, "--dump", tmp_path / "out/dump.jsonl")
+    return run
+
+
+@pytest.mark.parametrize("damage", [shutil.rmtree, without_tokenizer, with_an_unknown_field,
+                                    lambda folder: os.remove(folder / "model.safetensors")])
+def test_the_last_checkpoint_is_looked_at_before_the_first_is_asked(evaluates, base, tmp_path, damage):
+    damage(copy_base(base, tmp_path / "other"))
+    code, out, err = evaluates(base, tmp_path / "other")
+    assert (code, out, err.count("\n")) == (2, "", 1) and f"{tmp_path}/other" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_tokenizer_in_the_last_checkpoint_is_seen_before_the_first_is_asked(fails, base, tmp_path):
+    with_another_tokenizer(copy_base(base, tmp_path / "other"))
+    fails("was tokenised with", "eval.py", "--checkpoints", base, tmp_path / "other")
+
+
+@pytest.mark.parametrize("where, complaint", [
+    ("out", "cannot be written"), ("file/results.json", "file"), ("results.json", "dump.jsonl line 2: not a line")])
+def test_a_place_for_results_that_will_not_do_is_refused_before_any_work(evaluates, base, tmp_path, where, complaint):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "file").write_text("")
+    if complaint.startswith("dump"):
+        (tmp_path / "out" / "dump.jsonl").write_text("{}\n[1]\n")
+    code, out, err = evaluates(base, out=where)
+    assert (code, out, err.count("\n")) == (2, "", 1) and complaint in err
+
+
+@pytest.mark.parametrize("content", ["", "{", "3", "[1]", '[{"checkpoint": "a"}]', '{"a": 1}'])
+def test_results_beside_that_cannot_be_read_are_named(fails, tmp_path, content):
+    (tmp_path / "beside.json").write_text(content)
+    fails("beside.json: not a results.json of eval.py", "eval.py", "--beside", tmp_path / "beside.json")
+
+
+def test_what_ends_the_second_checkpoint_leaves_the_results_of_the_first(evaluates, base, tmp_path):
+    assert evaluates(base)[0] == 0   # makes the folder
+    results, dump = (tmp_path / "out" / name for name in ("results.json", "dump.jsonl"))
+    expected, thoughts = results.read_text(), dump.read_text()
+    results.unlink(), dump.unlink()
+    with_weight(copy_base(base, tmp_path / "nan"), math.nan)
+    code, out, err = evaluates(base, tmp_path / "nan")
+    assert (code, err.count("\n")) == (2, 1) and f"written to {results}" in out
+    assert (results.read_text(), dump.read_text()) == (expected, thoughts)
+
+
+def test_a_repeated_command_replaces_its_own_lines_of_a_dump_and_no_others(evaluates, base, tmp_path):
+    other, dump = copy_base(base, tmp_path / "other"), tmp_path / "out" / "dump.jsonl"
+    evaluates(base)
+    first = dump.read_text()
+    evaluates(other)
+    both = dump.read_text()
+    assert len(first.splitlines()) > 1 and both == first + first.replace(json.dumps(base), json.dumps(str(other)))
+    evaluates(base)
+    assert sorted(dump.read_text().splitlines()) == sorted(both.splitlines())
+
+
+def test_a_dump_may_go_into_a_pipe(evaluates, base, tmp_path):
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "out" / "dump.jsonl")
+    reader = os.open(tmp_path / "out" / "dump.jsonl", os.O_RDONLY | os.O_NONBLOCK)
+    assert evaluates(base)[0] == 0
+    assert json.loads(os.read(reader, 10**6).splitlines()[0])["checkpoint"] == base
+    os.close(reader)
+
+
 # ---- as a user types it ------------------------------------------------------------------------------------
 
 def typed(cwd, *arguments):

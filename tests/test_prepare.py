@@ -349,7 +349,7 @@ def test_ctrl_c_leaves_nothing_behind_and_says_how_to_go_on(tmp_path, checkpoint
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     stderr = process.communicate(timeout=120)[1]
-    assert stderr == "interrupted: start the same command again to continue\n"
+    assert stderr == "interrupted: start the same command again\n"
     assert process.returncode == 130 and os.listdir(tmp_path) == ["a.txt"]
 
 
