@@ -31,8 +31,12 @@ def extract_prediction(response: bytes) -> bytes | None:
     """
     _, thought, answer = response.rpartition(b"</think>")
     _, box, content = answer.rpartition(rb"\boxed{")
-    if not (thought and box):
-        return None
+    end = closing_brace(content) if thought and box else None
+    return None if end is None else content[:end]
+
+
+def closing_brace(content: bytes) -> int | None:
+    """What follows an open brace -> where that one closes, or else the last }; None without a }."""
     depth, escaped = 1, False
     for end, byte in enumerate(content):
         if escaped:
@@ -42,9 +46,9 @@ def extract_prediction(response: bytes) -> bytes | None:
         elif byte in b"{}":
             depth += 1 if byte == ord("{") else -1
             if depth == 0:
-                return content[:end]
+                return end
     end = content.rfind(b"}")
-    return content[:end] if end >= 0 else None
+    return end if end >= 0 else None
 
 
 def prefix_match(prediction: bytes | None, truth: list[bytes]) -> float:
