@@ -184,6 +184,7 @@ def parse_args(words=None):
         help="what is asked and what counts as right: a file in objectives/")
     add("--corpus", help="text: folder written by data/prepare.py and scored by data/filter.py")
     add("--data", metavar="FILE", help="answers: JSON lines, each a question and its answer")
+    flags.add_question_flags(add)
     add("--proxy",
         help="checkpoint whose entropies choose the positions; default: the only one there is")
     add("--entropy-threshold", type=at_least(0, float), default=1.0,

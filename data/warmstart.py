@@ -29,7 +29,7 @@ from data.corpus import load_corpus
 from data.positions import find_scores, load_positions
 from data.prompt import (TEMPLATES, build_prompt, check_question_template, solve_prompt,
                          template_ids)
-from data.questions import read_solutions
+from data.questions import leave_out_long, read_solutions
 from data.tokenizer import Tokenizer
 from model import GPT, read_config
 from plumbing import flags
@@ -95,19 +95,19 @@ def readable(raw):
 
 
 def solution_strings(args, tokenizer, rng):
-    """Strings for --count questions of --solutions, those that fit into the model's positions."""
+    """Strings for --count questions of --solutions."""
     check_question_template(args.template)
-    solutions = read_solutions(args.solutions)
-    longest = read_config(args.proxy).max_positions
+    solutions = read_solutions(args.solutions, args.skip_bad)
+    solutions = rng.sample(solutions, min(args.count, len(solutions)))
     strings = []
-    for question, solution, answer in rng.sample(solutions, min(args.count, len(solutions))):
+    for question, solution, answer in solutions:
         prompt = solve_prompt(tokenizer, question, args.template)
-        string = make_string(tokenizer, prompt, solution, answer)
-        if len(prompt) + len(string["response"]) <= longest:
-            strings.append(string)
-    if not strings:
-        raise ValueError(f"{args.out}: not one solution fits into the model's {longest} positions")
-    return strings
+        strings.append(make_string(tokenizer, prompt, solution, answer))
+    sizes = [len(string["prompt"]) + len(string["response"]) for string in strings]
+    kept = leave_out_long([question for question, _, _ in solutions], sizes,
+                          read_config(args.proxy).max_positions, args.skip_long,
+                          "take a --proxy with more positions")
+    return [strings[i] for i in kept]
 
 
 def make_string(tokenizer, prompt, thought, box):
@@ -124,6 +124,7 @@ def parse_args():
     add("--corpus", help="folder written by data/prepare.py and scored by data/filter.py")
     add("--solutions", metavar="FILE",
         help="JSON lines of questions with worked answers, instead of --corpus")
+    flags.add_question_flags(add)
     add("--proxy", required=True, help="checkpoint that names the candidates and scored the corpus")
     add("--out", required=True, help="JSONL file to write")
     add("--count", type=flags.at_least(1), default=2000,

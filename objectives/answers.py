@@ -5,7 +5,7 @@ file of questions (data/questions.py).
 """
 from data.answers import answers_equal
 from data.prompt import check_question_template, solve_prompt
-from data.questions import read_questions
+from data.questions import boxed_answer, leave_out_long, read_questions
 from objectives import Base, Question
 from objectives.rpt import predictions
 
@@ -16,25 +16,24 @@ class Objective(Base):
         if not args.data:
             raise ValueError("--objective answers needs --data")
         check_question_template(args.template)
-        self.questions = read_questions(args.data)
-        self.positions = range(len(self.questions))
+        self.questions = read_questions(args.data, args.skip_bad)
+        texts = [text for text, _ in self.questions]
+        # Every prompt, so that one that is too long stops the run before its first step.
+        self.prompts = [solve_prompt(tokenizer, text, args.template) for text in texts]
+        self.positions = leave_out_long(
+            texts, list(map(len, self.prompts)), self.longest, args.skip_long,
+            "raise --max-prompt-tokens or lower --max-new-tokens")
 
     def question(self, position):
         text, truth = self.questions[position]
-        prompt = solve_prompt(self.tokenizer, text, self.args.template)
-        if len(prompt) > self.longest:
-            raise ValueError(f"question {position + 1}, {text[:40]!r}..., takes {len(prompt)} "
-                             f"tokens, and there is room for {max(0, self.longest)}: raise "
-                             "--max-prompt-tokens, lower --max-new-tokens or drop it")
-        return Question(prompt, truth, self.tokenizer.encode(text), position)
+        return Question(self.prompts[position], truth, self.tokenizer.encode(text), position)
 
     def longest_prompt(self):
-        """Builds every prompt, so that one that is too long stops the run before its first step."""
-        return max(len(self.question(position).prompt) for position in self.positions)
+        return max(len(self.prompts[position]) for position in self.positions)
 
     def score(self, policy, groups):
         for group in groups:
-            group.predictions = predictions(self.tokenizer, group.rollouts)
+            group.predictions = predictions(self.tokenizer, group.rollouts, boxed_answer)
             truth = group.question.truth
             group.rewards = [float(answers_equal(p, truth)) for p in group.predictions]
 

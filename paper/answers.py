@@ -17,7 +17,7 @@ if __name__ == "__main__":  # the repository, not paper/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from data.answers import answers_equal
 from data.prompt import QUESTION_TEMPLATES, SOLVE, question_prompt
-from data.questions import read_questions
+from data.questions import boxed_answer, leave_out_long, read_questions
 from eval import (add_thought_flags, check_paths, check_sampling, count_any, evaluate_each,
                   fill_in_length, load_model, sample_rollouts, thought_result)
 from objectives.rpt import predictions
@@ -31,30 +31,25 @@ def choose_questions(questions, limit, seed):
     return [questions[i] for i in sorted(chosen)]
 
 
-def make_prompts(tokenizer, texts, args, max_positions):
-    """Questions in words -> prompts. A question that is too long stops the run; none is cut."""
-    longest = max_positions - args.max_new_tokens
+def with_room(tokenizer, questions, texts, args, max_positions):
+    """Questions, and each in words -> those that are not too long, their texts and prompts."""
     prompts = [question_prompt(tokenizer, text, args.template) for text in texts]
-    for text, prompt in zip(texts, prompts):
-        if len(prompt) > longest:
-            raise ValueError(f"question {text[:40]!r}... takes {len(prompt)} tokens; "
-                             f"--max-new-tokens leaves {max(0, longest)} of the model's "
-                             f"{max_positions} positions: lower it")
-    return prompts
+    kept = leave_out_long(texts, list(map(len, prompts)), max_positions - args.max_new_tokens,
+                          args.skip_long, "lower --max-new-tokens")
+    return [[some[i] for i in kept] for some in (questions, texts, prompts)]
 
 
-def think(checkpoint, model, tokenizer, texts, truths, is_right, args):
+def think(checkpoint, model, tokenizer, texts, prompts, truths, is_right, args):
     """n questions in words -> {what: array (n, K)}, counts for K thoughts about each.
 
     is_right(box, truth): whether the box, bytes or None, is right. --dump gets the first thought
     about each question.
     """
-    prompts = make_prompts(tokenizer, texts, args, model.config.max_positions)
     groups = sample_rollouts(model, tokenizer, prompts, args, "reasoning")
 
     predicted, rewards, records = [], [], []
     for text, truth, rollouts in zip(texts, truths, groups):
-        boxes = predictions(tokenizer, rollouts)
+        boxes = predictions(tokenizer, rollouts, boxed_answer)
         right = [float(is_right(box, truth)) for box in boxes]
         predicted.append(boxes)
         rewards.append(right)
@@ -74,8 +69,10 @@ def evaluate(checkpoint, questions, args):
     model, tokenizer = load_model(checkpoint, args.device)
     request = SOLVE if args.template == "chat" else ""
     texts = [question + request for question, _ in questions]
+    questions, texts, prompts = with_room(tokenizer, questions, texts, args,
+                                          model.config.max_positions)
     truths = [truth for _, truth in questions]
-    counts = think(checkpoint, model, tokenizer, texts, truths, answers_equal, args)
+    counts = think(checkpoint, model, tokenizer, texts, prompts, truths, answers_equal, args)
     alone = np.arange(len(texts))  # each question is a document of its own
     return [thought_result(checkpoint, "reasoning", dict(subject="all"), counts, alone, args)]
 
@@ -106,6 +103,7 @@ def parse_question_args(parser, fields):
         help="ask this many questions, chosen by --seed; 0: all")
     add("--template", default="chat", choices=QUESTION_TEMPLATES,
         help="chat: turns of the checkpoint's chat format; short: text and <think>")
+    flags.add_question_flags(add)
     add_thought_flags(add, "question")
     args = parser.parse_args()
     check_sampling(args)
@@ -121,4 +119,4 @@ def parse_args():
 if __name__ == "__main__":
     sys.excepthook = flags.speak_once
     args = parse_args()
-    evaluate_all(evaluate, read_questions(args.data), args)
+    evaluate_all(evaluate, read_questions(args.data, args.skip_bad), args)

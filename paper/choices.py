@@ -26,7 +26,7 @@ from data.answers import layout_free
 from data.corpus import check_text
 from data.questions import field, read_lines, text_field
 from eval import load_model, result, thought_result
-from paper.answers import evaluate_all, parse_question_args, think
+from paper.answers import evaluate_all, parse_question_args, think, with_room
 from plumbing import flags
 from plumbing.batch import cut, flatten
 
@@ -138,6 +138,9 @@ def likelihood_hits(model, tokenizer, choices):
 def evaluate(checkpoint, choices, args):
     """One checkpoint -> lines of the table, for all questions and for each subject."""
     model, tokenizer = load_model(checkpoint, args.device)
+    if args.mode in ("reasoning", "both"):
+        choices, texts, prompts = with_room(tokenizer, choices, list(map(lettered, choices)), args,
+                                            model.config.max_positions)
     subjects = np.array([choice.subject for choice in choices])
     parts = {"all": np.arange(len(choices))}
     for subject in sorted(set(subjects.tolist()) - {""}):
@@ -150,9 +153,8 @@ def evaluate(checkpoint, choices, args):
                 part = dict(subject=subject)
                 results.append(result(checkpoint, mode, part, hits[i], i, args.seed))
     if args.mode in ("reasoning", "both"):
-        texts = [lettered(choice) for choice in choices]
         letters = [LETTERS[choice.answer] for choice in choices]
-        counts = think(checkpoint, model, tokenizer, texts, letters, is_letter, args)
+        counts = think(checkpoint, model, tokenizer, texts, prompts, letters, is_letter, args)
         for subject, i in parts.items():
             part = dict(subject=subject)
             some = {name: values[i] for name, values in counts.items()}
@@ -171,4 +173,4 @@ def parse_args():
 if __name__ == "__main__":
     sys.excepthook = flags.speak_once
     args = parse_args()
-    evaluate_all(evaluate, read_lines(args.data, parse_choice), args)
+    evaluate_all(evaluate, read_lines(args.data, parse_choice, args.skip_bad), args)

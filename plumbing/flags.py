@@ -90,6 +90,14 @@ def add_cache_flags(add):
              "what a container's limit leaves, and at most half of the machine)")
 
 
+def add_question_flags(add):
+    """What to do with questions that cannot be asked. By default the first one stops the run."""
+    add("--skip-bad", action="store_true",
+        help="leave out questions that cannot be read or have no exact answer, and count them")
+    add("--skip-long", action="store_true",
+        help="leave out questions that have no room, and count them")
+
+
 def add_length_flag(add, usual):
     """--max-new-tokens, which `new_tokens` fills in where it is not given."""
     add("--max-new-tokens", type=at_least(1), metavar="N",

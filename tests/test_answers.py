@@ -64,9 +64,103 @@ EQUAL = [
     ("no number divided by zero", ["1/0", r"1 / 0"]),
     ("a matrix is text", [
         r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"]),
+    ("thin blanks between thousands", [
+        r"12\,500.75", "12,500.75", r"12{,}500.75", "12\u202f500.75", r"\$12\;500.75"]),
+    ("thin blanks in a point", [r"(12\,500, 3)", "(12500,3)"]),
+    ("a part of pi", [
+        r"\frac{\pi}{4}", r"\pi/4", "pi/4", "\u03c0/4", r"$\dfrac{\pi}4$", r"x=\frac{\pi}{4}"]),
+    ("a negative quotient", [r"-\frac{\sqrt{3}}{2}", r"\frac{-\sqrt{3}}{2}", r"-\sqrt3/2"]),
+    ("a quotient of sums", [r"\frac{x+1}{2x}", "(x+1)/(2x)"]),
+    ("a quotient in a sum", [r"1+\frac{x^2}{3}", "1+x^2/3"]),
+    ("factors", [r"2\cdot\pi", "2*pi", "2pi", r"2\pi"]),
+    ("roots in plain text", ["\u221a17", "sqrt(17)", r"\sqrt{17}", "\u221a(17)"]),
+    ("a root of another degree", [r"\sqrt[3]2", r"\sqrt[3]{2}"]),
+    ("halves of one character", ["2\u00bd", "2.5", r"2\frac12"]),
+    ("raised digits", ["10\u207b\u00b3", "0.001"]),
+    ("wide characters", ["\uff11\uff19", "19"]),
+    ("a factorial", ["7!", "5040"]),
+    ("all the digits of a float", ["0.142857142857143", "1/7"]),
+    ("a plus before infinity", [r"[2,+\infty)", r"[2,\infty)", "[2, \u221e)"]),
+    ("brackets of a size", [r"\bigl(1,2\bigr]", "(1,2]"]),
+    ("unions", [r"[0,1] \cup [2,3]", "[0,1]\u222a[2,3]"]),
+    ("nothing", [r"\varnothing", r"\emptyset", "\u2205"]),
+    ("numbers of all kinds", [r"\mathbb R", "\u211d"]),
+    ("a list in another order", ["1, 3", "3, 1", "3 and 1", "$1$ and $3$", r"\(1\), \(3\)"]),
+    ("a set in another order", [r"\{1,2\}", r"\{2, 1.0\}"]),
+    ("points in another order", ["(1,2), (3,4)", "(3,4), (1,2)"]),
+    ("equations in another order", ["x=1, y=2", "y=2, x=1"]),
+    ("one label for all", ["x=5, x=-5", "-5, 5", "x = 5, -5"]),
+    ("a label of a point", ["(x,y)=(1,2)", "(1,2)"]),
+    ("a label of an interval", [r"x \in [1,2]", "[1,2]"]),
+    ("a complex number", ["z=3+4i", "3+4i"]),
+    ("units of two letters stick to the number", ["5cm", "5 cm", "5"]),
+    ("plurals in -es", ["4 inches", "4 inch", "4"]),
+    ("square and per", ["20 square feet", "20"]),
+    ("an option with its text", ["B", "(B) 14", "B."]),
+    ("an option with its text, dressed", [r"\textbf{(B)}\ 14", "B. 14", "B) 14", "B"]),
+    ("words in capitals", ["Yes", "yes", "YES", r"\text{Yes}"]),
+    ("fences of Markdown", ["**19**", "`19`", "19"]),
+    ("matrices in other brackets", [
+        r"\begin{pmatrix}0.5&1\\2&3\end{pmatrix}", r"\begin{bmatrix}\frac12 & 1\\ 2 & 3\end{bmatrix}"]),
+    ("less or equal", ["x<=3", r"x\leqslant 3", r"x \le 3"]),
 ]
+# Words that change the number in front of them.
+COUNTING = """thirds quarters sevenths twentieths hundredths half lakh crore dozen score gross pairs
+    grand hundred Million fold squared cubed factorial repeating binary plus below negative theta
+    more pi mod per""".split()
 # (what it guards, an answer, another)
 UNEQUAL = [
+    *[(f"5 {word}", f"5 {word}", "5") for word in COUNTING],
+    ("a phrase", "5 less than twelve", "5"),
+    ("a phrase, modular", "6 mod 11", "6"),
+    ("a phrase with a unit", "5 billion dollars", "5"),
+    ("a product of variables", "5 xy", "5"),
+    ("a letter for a thousand", "5k", "5"),
+    ("thin blanks before two digits", r"12\,50", "1250"),
+    ("a decimal comma", "0,5", "0.5"),
+    ("a point is no decimal", "(1,2)", "1.2"),
+    ("two signs", "+-5", "-5"),
+    ("two signs, equal", "--5", "5"),
+    ("about", "~5", "5"),
+    ("both signs", r"\pm 5", "5"),
+    ("a product is no mixed number", r"2\cdot\frac12", r"2\frac12"),
+    ("a quotient of more", r"\frac{\pi}{4}x", r"\pi/4x"),
+    ("a quotient in a function", r"\sin\frac{\pi}{4}", r"\sin\pi/4"),
+    ("a sum over a number", r"\frac{x+1}{2}", "x+1/2"),
+    ("a product below", r"\frac{1}{2x}", "1/2x"),
+    ("LaTeX takes one digit", r"\sqrt17", r"\sqrt{17}"),
+    ("a power of a root", r"\sqrt{2}^{3}", r"\sqrt{23}"),
+    ("a factor e", "10*e3", "10e3"),
+    ("a larger factorial", r"\frac{1}{900!}", r"\frac{1}{901!}"),
+    ("a rounded seventh", "0.14285714285714", "1/7"),
+    ("fourteen digits and a wrong one", "0.142857142857152", "1/7"),
+    ("a decimal is exact", "0.500000000000001", "1/2"),
+    ("a time", "11:30", "11.30"),
+    ("a ratio", "3:4", "3/4"),
+    ("either", "5 or 6", "5, 6"),
+    ("one of two", "x=5 or x=-5", "5"),
+    ("one more of the same", r"\{3,4\}", r"\{3,4,4\}"),
+    ("points change their parts", "(1,2), (3,4)", "(1,4), (3,2)"),
+    ("sets change their parts", r"\{1,2\},\{3,4\},\{5,6\}", r"\{1,4\},\{5,2\},\{3,6\}"),
+    ("a sequence", r"1,2,3,\dots", r"3,2,1,\dots"),
+    ("thousands are no list", "1 and 234", "1,234"),
+    ("labels change", "x=1, y=2", "2, 1"),
+    ("a label for one and for all", "x=1, 2", "x=1, y=2"),
+    ("labels of intervals", "A=(0,2)", "B=(0,2)"),
+    ("two labels", "x=y=5", "x=5"),
+    ("a label and another with a unit", "y=5", "x=5 cm"),
+    ("a function of x", "y=(x+1)(x-2)", "(x+1)(x-2)"),
+    ("two options", "(A) and (B)", "A"),
+    ("one of two options", "(A) or (B)", "A"),
+    ("two options with their texts", "A. 3 B. 4", "A"),
+    ("two letters", "C. D", "C"),
+    ("a product of options", "A.B", "A"),
+    ("another text", "(C) 14", "(C) 15"),
+    ("no letter", "(C) 14", "14"),
+    ("segments", "AB", "ab"),
+    ("Greek", r"\Delta", r"\delta"),
+    ("a row and a column", r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    ("a determinant", r"\begin{vmatrix}1&2\end{vmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"),
     ("a comma in a list is no thousands comma", "1,2", "12"),
     ("the last group has two digits", "1,234,56", "123456"),
     ("the last group has two digits, again", "1,234,56", "1234,56"),
@@ -246,7 +340,8 @@ def test_random_bytes_never_raise():
 
 NASTY = r"""( { [ $ . , 1 1, 1,111 1/ - e1 9^ ^1 ab/ = x= ~ (1) \ \! \{ \frac \frac{ \frac1 \text{
              \boxed{ \sqrt ^{\circ} 10^{ *10^{9} −""".split()
-NASTY += [" ", "1 ", "a ", "5 ab", "\\ ", "\\text "]
+NASTY += r"\frac{1}{2}= ⁻ √ 1! \{1\}, \in x=1, 1\, A.\pi $a $ ** \begin{pmatrix}".split()
+NASTY += [" and ", "A. B ", "ab ", "5 cm, ", "a per ", " ", "1 ", "a ", "5 ab", "\\ ", "\\text "]
 
 
 @pytest.mark.parametrize("piece", NASTY, ids=ascii)

@@ -93,7 +93,7 @@ def test_choices_are_judged_by_their_letter_and_counted_by_subject(base, monkeyp
                 for row in responses]
     monkeypatch.setattr(paper.answers, "sample_rollouts", scripted)
     args = SimpleNamespace(mode="reasoning", device="cpu", seed=4, samples=3, temperature=0.8,
-                           template="short", max_new_tokens=1, dump=None)
+                           template="short", max_new_tokens=1, skip_long=False, dump=None)
     lines = {line["subject"]: line for line in evaluate(base, CHOICES, args)}
     assert {name: (line["accuracy"], line["n"]) for name, line in lines.items()} == {
         "all": (50.0, 4), "parity": (66.67, 1), "words": (16.67, 2)}
@@ -196,7 +196,7 @@ def test_choices_from_file_to_file(base, tmp_path):
 
 
 @pytest.mark.parametrize("flags, complaint", [
-    (["--max-new-tokens", 100], "tokens; --max-new-tokens leaves 28 of the model's 128 positions"),
+    (["--max-new-tokens", 100], "questions, longer than 28 tokens"),
     (["--mode", "guess"], "invalid choice: 'guess'"),
     (["--data", "no.jsonl"], "no.jsonl"),
 ])

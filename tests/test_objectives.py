@@ -30,7 +30,7 @@ def objective(base, corpus, tokenizer):
     def make(name, **changes):
         usual = dict(objective=name, init=base, corpus=corpus.folder, proxy=None, data=None, template="short",
                      entropy_threshold=0.5, max_prompt_tokens=100, max_new_tokens=10, seed=0,
-                     tokens_per_micro_batch=100)
+                     tokens_per_micro_batch=100, skip_bad=False, skip_long=False)
         return objectives.load(name)(SimpleNamespace(**usual | changes), tokenizer, read_config(base))
     return make
 
@@ -82,7 +82,7 @@ def test_dense_rewards_are_the_probabilities_of_a_plain_forward(objective, base,
     assert conditional[0].rewards == pytest.approx(expected[0], rel=1e-4) and conditional[1].rewards == [0, 0, 0]
 
 
-def test_an_exact_question_ends_in_an_open_thought_and_says_when_it_has_no_room(objective, questions, tokenizer):
+def test_an_exact_question_ends_in_an_open_thought_(objective, questions, tokenizer):
     asked = objective("answers", data=questions)
     question = asked.question(3)
     text, truth = read_questions(questions)[3]
@@ -90,8 +90,6 @@ def test_an_exact_question_ends_in_an_open_thought_and_says_when_it_has_no_room(
     assert (question.truth, question.position) == (truth, 3)
     longest = max(len(asked.question(i).prompt) for i in asked.positions)
     assert asked.longest_prompt() == longest
-    with pytest.raises(ValueError, match=rf"question \d+, 'Problem.*takes {longest} tokens.* room for {longest - 1}"):
-        objective("answers", data=questions, max_prompt_tokens=longest - 1).longest_prompt()
 
 
 def test_the_longest_prompt_of_text_is_that_of_the_longest_context(objective):
@@ -132,6 +130,26 @@ def test_a_run_on_questions_rewards_exact_answers_and_resumes_to_the_same_bits(c
     for record in records:
         said = (record["extracted"] or "").strip()
         assert record["reward"] == float(said == record["truth"])
+
+
+def test_questions_without_room_are_left_out_of_the_walk_and_stay_out_after_a_resume(
+        objective, corpus, base, questions, tmp_path):
+    asked = objective("answers", data=questions)
+    room = max(len(asked.question(i).prompt) for i in asked.positions) - 1
+    long = [i for i in asked.positions if len(asked.question(i).prompt) > room]
+    fewer = objective("answers", data=questions, max_prompt_tokens=room, skip_long=True)
+    assert fewer.longest_prompt() <= room and {*fewer.positions} == {*asked.positions} - {*long}
+    assert {*fewer.take(0, len(fewer.positions))} == {*fewer.positions}
+    assert objective("answers", data=questions, skip_long=True).take(7, 99) == asked.take(7, 99)
+
+    line = lambda name, **more: command("train_rpt.py", corpus, base, tmp_path / name, objective="answers",
+                                        data=questions, max_prompt_tokens=room, **more)
+    code, _, err = run_here(*line("none"))
+    assert code == 2 and err.count("\n") == 1 and f"no room for {len(long)} of 60 questions" in err
+    assert run_here(*line("whole", skip_long=True))[0] == 0
+    assert run_here(*line("halves", skip_long=True, steps=3))[0] == 0
+    assert run_here(*line("halves", skip_long=True, resume=True))[0] == 0
+    assert lines(tmp_path / "whole") == lines(tmp_path / "halves")
 
 
 def test_without_a_thought_every_response_is_a_box(corpus, base, tmp_path):
@@ -186,7 +204,9 @@ def test_solutions_become_thoughts_and_exact_answers_boxes(base, tokenizer, tmp_
     line = ["data/warmstart.py", "--solutions", tmp_path / "questions.jsonl", "--proxy", base, "--template", "short",
             "--out", tmp_path / "strings.jsonl"]
     code, _, err = run_here(*line)
-    assert (code, err) == (0, "")
+    assert code == 2 and "no room for 1 of 2 questions, longer than 128 tokens: number " in err
+    code, text, err = run_here(*line, "--skip-long")
+    assert (code, err) == (0, "") and "left out: no room for 1 of 2 questions" in text
     string, = map(json.loads, (tmp_path / "strings.jsonl").read_text().splitlines())
     assert string["text"] == r"It is <<2+3=5>>5.</think>\boxed{5}<|end|>"
     assert tokenizer.decode_bytes(string["response"]).decode() == string["text"]

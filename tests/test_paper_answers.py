@@ -20,7 +20,7 @@ def test_accuracy_is_a_mean_over_thoughts_and_pass_at_k_over_questions(base, mon
                 for row in responses]
     monkeypatch.setattr(paper.answers, "sample_rollouts", scripted)
     args = SimpleNamespace(device="cpu", seed=4, samples=3, temperature=0.8, template="short",
-                           max_new_tokens=8, dump=str(tmp_path / "dump.jsonl"))
+                           max_new_tokens=8, skip_long=False, dump=str(tmp_path / "dump.jsonl"))
     [line] = evaluate(base, [("one?", "3"), ("two?", "7")], args)
 
     known = dict(checkpoint=base, mode="reasoning", subject="all", n=2, seed=4, samples=3)
@@ -58,11 +58,25 @@ def test_answers_from_file_to_file(base, tmp_path):
     assert len((tmp_path / "dump.jsonl").read_text().splitlines()) == 5
 
 
+def test_questions_without_room_are_counted_and_left_out(base, tmp_path):
+    path = write_lines(tmp_path / "data.jsonl",
+                       *[dict(question="Q " * (90 * (i == 1) + 1), answer="2") for i in range(4)])
+    line = ["paper/answers.py", "--data", path, "--checkpoints", base, *SMALL,
+            "--out", tmp_path / "answers.json"]
+    code, _, err = run_here(*line)
+    assert code == 2 and "no room for 1 of 4 questions, longer than 120 tokens: number 2 (" in err
+    assert err.count("\n") == 1 and err.endswith("or leave them out with --skip-long\n")
+    code, text, err = run_here(*line, "--skip-long")
+    assert (code, err) == (0, "") and "left out: no room for 1 of 4 questions" in text
+    [line] = json.loads((tmp_path / "answers.json").read_text())
+    assert line["n"] == 3
+
+
 @pytest.mark.parametrize("flags, complaint", [
     (["--limit", -1], "--limit must be at least 0"),
     (["--samples", 0], "--samples must be at least 1"),
     (["--top-p", 2], "top-p in (0, 1]"),
-    (["--max-new-tokens", 100], "leaves 28 of the model's 128 positions: lower it"),
+    (["--max-new-tokens", 100], "no room for 1 of 1 questions, longer than 28 tokens"),
     (["--data", "no.jsonl"], "no.jsonl"),
 ])
 def test_what_a_user_can_mend_is_one_line(base, tmp_path, flags, complaint):

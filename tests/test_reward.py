@@ -1,5 +1,6 @@
 """The verifier compares bytes: worked cases for the box, and the reward against brute force."""
 import random
+import re
 import time
 
 import pytest
@@ -110,6 +111,31 @@ def test_every_text_with_balanced_braces_survives_the_box():
         depths = [bare[:i].count(b"{") - bare[:i].count(b"}") for i in range(len(bare) + 1)]
         if min(depths) == 0 == depths[-1]:
             assert extract_prediction(b"</think>\\boxed{ x} \\boxed{" + text + b"}") == text
+
+
+def balanced(content):
+    """Content up to where the box closes, counted afresh for every possible end."""
+    bare = re.sub(rb"\\.", b"..", content, flags=re.DOTALL)
+    ends = [i for i in range(len(bare)) if bare[i:i + 1] == b"}"]
+    return next((content[:i] for i in ends if bare[:i].count(b"{") == bare[:i].count(b"}")),
+                content[:content.rfind(b"}")] if b"}" in content else None)
+
+
+def test_random_responses_are_read_as_by_a_count_of_all_braces():
+    rng = random.Random(3)
+    pieces = [b"\\boxed{", b"\\fbox{", b"\\boxed ", b"{", b"}", b"\\", b"\\{", b"\\}", b"</think>",
+              b" ", b"a", b"\n", b"\xff"]
+    found = 0
+    for _ in range(20_000):
+        response = rng.choice([b"", b"</think>\\boxed{"])
+        response += b"".join(rng.choices(pieces, k=rng.randint(0, 14)))
+        answer = response.split(b"</think>")[-1]
+        expected = None
+        if b"</think>" in response and rb"\boxed{" in answer:
+            expected = balanced(answer.split(rb"\boxed{")[-1])
+        assert extract_prediction(response) == expected
+        found += expected is not None
+    assert found > 2000
 
 
 def test_reward_is_one_exactly_for_the_first_tokens_joined():
