@@ -1,7 +1,7 @@
 """GPT from scratch: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-One class covers the Llama, Qwen2 (bias on q, k, v) and Qwen3 (RMSNorm on q and k) families, with
-the parameter names of Hugging Face. plumbing/hf.py reads and writes their folders.
+One class covers the Llama and Mistral, Qwen2 (bias on q, k, v) and Qwen3 (RMSNorm on q and k)
+families, with the parameter names of Hugging Face. plumbing/hf.py reads and writes their folders.
 
     model = GPT.from_pretrained("Qwen2.5-0.5B")        # a folder; GPT(config) starts at random
     logits = model(tokens)                             # (B, T) -> (B, T, V)
@@ -24,7 +24,7 @@ from kernels.attention import make_layout
 from kernels.linear import linear
 from kernels.logprob import logprob
 from kernels.pointwise import rms_norm, rotate, swiglu
-from plumbing import hf
+from plumbing import hf, rope
 
 
 @dataclass
@@ -38,9 +38,10 @@ class GPTConfig:
     ffn_width: int
     max_positions: int
     rope_theta: float = 10_000.0
+    rope_scaling: tuple = ()       # (field, value) pairs of plumbing/rope.py; stretched contexts
     norm_eps: float = 1e-5
     tied_head: bool = True         # the output head is the embedding matrix
-    family: str = "llama"          # llama | qwen2 | qwen3
+    family: str = "llama"          # llama | mistral | qwen2 | qwen3
 
 
 def read_config(folder):
@@ -87,15 +88,15 @@ def join(*layers):
 
 
 @lru_cache(maxsize=4)
-def rope_table(max_positions, K, theta, device):
+def rope_table(max_positions, K, theta, scaling, device):
     """cos and sin of every angle, (max_positions, 1, K / 2) each, fp32.
 
     Computed once, because a vectorised cosine may round differently at the end of a tensor, and a
     position must have the same values in every batch.
     """
-    frequencies = 1 / theta ** (torch.arange(0, K, 2, device=device).float() / K)
+    frequencies, factor = rope.frequencies(K, theta, dict(scaling), device)
     angles = torch.arange(max_positions, device=device)[:, None, None].float() * frequencies
-    return angles.cos(), angles.sin()
+    return angles.cos() * factor, angles.sin() * factor
 
 
 class Attention(nn.Module):
@@ -156,6 +157,7 @@ class GPT(nn.Module):
         self.compute_dtype = compute_dtype
         self.source = "this model"            # or the folder that it was loaded from
         self.checkpoint_activations = False   # True: the backward pass recomputes each block
+        self.files = {}                       # {name: bytes}, what a folder says beside its weights
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
@@ -203,7 +205,8 @@ class GPT(nn.Module):
         """
         config = self.config
         x = self.embed_tokens(tokens).to(self.compute_dtype)
-        cos, sin = rope_table(config.max_positions, config.head_dim, config.rope_theta, x.device)
+        cos, sin = rope_table(config.max_positions, config.head_dim, config.rope_theta,
+                              config.rope_scaling, x.device)
         rope = cos[positions], sin[positions]                                # (T, 1, K / 2)
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for layer, block in enumerate(self.layers):
@@ -258,8 +261,12 @@ class GPT(nn.Module):
         model.source = str(folder)
         model.to_empty(device=device)
         hf.load_weights(model, folder)
+        model.files = hf.read_files(folder)
         return model
 
     def save_pretrained(self, folder):
-        """Write config.json and the weights with Hugging Face names. All ranks call this."""
+        """Write weights with Hugging Face names, and what the model's folder said beside them.
+
+        All ranks call this.
+        """
         hf.save_folder(self, folder)

@@ -33,7 +33,9 @@ DIGITS_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+
 EMBEDDED_PATTERN = r"\\\p{L}+\{?| ?\p{L}+|\p{N}|[^\s\p{L}\p{N}]|\s+(?!\S)|\s+"
 EMBEDDED_SPECIAL = ("<think>", "</think>", "<|end|>")
 
-FILES = "tokenizer.json tokenizer_config.json special_tokens_map.json chat_template.jinja".split()
+# A folder's files are kept as they are; we read the first two.
+FILES = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
+    merges.txt tokenizer.model chat_template.jinja chat_template.json""".split()
 # Without a tokenizer_config.json, the first of these that is there ends a text.
 KNOWN_EOS = "<|end|> <|endoftext|> <|end_of_text|> <|im_end|> <｜end▁of▁sentence｜> </s>".split()
 

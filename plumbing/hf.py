@@ -1,13 +1,15 @@
-"""Hugging Face folders of the Llama, Qwen2 and Qwen3 families: config.json and *.safetensors.
+"""Hugging Face folders of the Llama, Mistral, Qwen2 and Qwen3 families.
 
     fields = read_config(folder)       # for GPTConfig; refuses what would change the maths
     load_weights(model, folder)        # each rank reads only its part
     save_folder(model, folder)         # transformers can load it, too
 
-Our parameters have Hugging Face's names without the leading "model.".
+What config.json says beside the shapes survives, and so does generation_config.json. Our parameters
+have Hugging Face's names without the leading "model.".
 """
 import json
 import os
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,25 +26,47 @@ FIELDS = dict(
     vocab_size="vocab_size", hidden_size="width", num_hidden_layers="n_layers",
     num_attention_heads="n_heads", num_key_value_heads="n_kv_heads", head_dim="head_dim",
     intermediate_size="ffn_width", max_position_embeddings="max_positions", rope_theta="rope_theta",
-    rms_norm_eps="norm_eps", tie_word_embeddings="tied_head", model_type="family")
+    rope_scaling="rope_scaling", rms_norm_eps="norm_eps", tie_word_embeddings="tied_head",
+    model_type="family")
 WHOLE_NUMBERS = set("""
     vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
     intermediate_size max_position_embeddings""".split())
 ONLY = dict(
-    hidden_act="silu", attention_bias=False, mlp_bias=False, use_sliding_window=False,
-    use_mrope=False, rope_interleaved=False, partial_rotary_factor=1.0, use_qk_norm=False,
-    num_experts=0, quantization_config=None)
+    hidden_act="silu", attention_bias=False, mlp_bias=False, use_mrope=False,
+    rope_interleaved=False, partial_rotary_factor=1.0, use_qk_norm=False, num_experts=0,
+    quantization_config=None)
 HARMLESS = set("""
     architectures attention_dropout bos_token_id eos_token_id pad_token_id initializer_range
     use_cache dtype torch_dtype transformers_version max_window_layers _name_or_path pretraining_tp
     is_llama_config transformers.js_config unsloth_version unsloth_fixed
     _attn_implementation_autoset output_attentions output_hidden_states return_dict
     chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type tokenizer_class
-    auto_map""".split())
+    auto_map name_or_path _commit_hash _attn_implementation attn_implementation
+    keys_to_ignore_at_inference gradient_checkpointing max_sequence_length model_max_length
+    sep_token_id unk_token_id decoder_start_token_id is_decoder add_cross_attention
+    cross_attention_hidden_size tie_encoder_decoder torchscript use_bfloat16 tf_legacy_loss
+    finetuning_task task_specific_params prefix num_labels
+    max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups
+    diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
+    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
+    output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
+    remove_invalid_values exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens""".split())
 DEFAULTS = dict(rope_theta=10_000.0, rms_norm_eps=1e-6, tie_word_embeddings=False)
+# Here null means that there is no window, and a file without the field has transformers' window.
 FAMILIES = dict(
-    llama=dict(max_position_embeddings=2048), qwen2=dict(max_position_embeddings=32768),
-    qwen3=dict(max_position_embeddings=32768, head_dim=128))
+    llama=dict(max_position_embeddings=2048, sliding_window=None),
+    mistral=dict(max_position_embeddings=131072, sliding_window=4096),
+    qwen2=dict(max_position_embeddings=32768, sliding_window=4096),
+    qwen3=dict(max_position_embeddings=32768, sliding_window=4096, head_dim=128))
+
+# The fields that each kind of rotary positions needs, and those that it may have.
+ORIGINAL = "original_max_position_embeddings"
+ROPE = dict(
+    default=("", ""), linear=("factor", ""),
+    llama3=("factor low_freq_factor high_freq_factor", ORIGINAL),
+    yarn=("", f"factor {ORIGINAL} attention_factor beta_fast beta_slow mscale mscale_all_dim "
+              "truncate"))
 
 
 def read_config(folder):
@@ -52,29 +76,36 @@ def read_config(folder):
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"{path}: model_type {family!r} is not implemented; "
-                         "llama, qwen2 and qwen3 are")
-    given = {name: value for name, value in raw.items() if value is not None}
+                         f"{', '.join(FAMILIES)} are")
+    given = {name: value for name, value in raw.items()
+             if name == "sliding_window" or value not in (None, {}, [])}
     raw = DEFAULTS | FAMILIES[family] | given
+    check_sizes(path, raw)
     read_rope(path, raw)
     refuse_windows(path, raw, family)
+    read_chunks(path, raw)
     for name, value in raw.items():
         known = name in FIELDS or name in ONLY or name in HARMLESS
         if not known or name in ONLY and value != ONLY[name]:
             raise refusal(path, name, value)
-    for name in FIELDS:
-        # These two follow from other fields.
-        if name not in raw and name not in ("num_key_value_heads", "head_dim"):
-            raise ValueError(f"{path}: field {name} is missing")
-        value = raw.get(name, 1)
-        if name in WHOLE_NUMBERS and not (isinstance(value, int) and value > 0):
-            raise ValueError(f"{path}: {name} = {json.dumps(value)} should be a positive whole "
-                             "number")
     heads = raw["num_attention_heads"]
     raw = dict(num_key_value_heads=heads, head_dim=raw["hidden_size"] // heads) | raw
     if heads % raw["num_key_value_heads"]:
         raise ValueError(f"{path}: num_attention_heads = {heads} is no multiple of "
                          f"num_key_value_heads = {raw['num_key_value_heads']}")
     return {ours: raw[theirs] for theirs, ours in FIELDS.items()}
+
+
+def check_sizes(path, raw):
+    for name in FIELDS:
+        # The first two follow from other fields, and most models have no third.
+        optional = ("num_key_value_heads", "head_dim", "rope_scaling")
+        if name not in raw and name not in optional:
+            raise ValueError(f"{path}: field {name} is missing")
+        value = raw.get(name, 1)
+        if name in WHOLE_NUMBERS and not (isinstance(value, int) and value > 0):
+            raise ValueError(f"{path}: {name} = {json.dumps(value)} should be a positive whole "
+                             "number")
 
 
 def config_path(folder):
@@ -87,23 +118,85 @@ def config_path(folder):
 
 
 def read_rope(path, raw):
-    """Take rope_theta out of the field that holds it; refuse every kind of scaling."""
-    for name in ("rope_parameters", "rope_scaling"):  # transformers >= 5 uses the first
-        rope = raw.pop(name, {})
-        if any(value != "default" for key, value in rope.items() if key != "rope_theta"):
-            raise refusal(path, name, rope)
-        raw["rope_theta"] = rope.get("rope_theta", raw["rope_theta"])
+    """Set rope_theta and rope_scaling (sorted pairs), in whichever layout config.json has them."""
+    # transformers >= 5 writes the second field, but prefers the first where both are there.
+    forms = {name: raw.pop(name) for name in ("rope_scaling", "rope_parameters") if name in raw}
+    found = [read_rope_field(path, raw, name, form) for name, form in forms.items()]
+    theta, pairs = found[0] if found else (raw["rope_theta"], ())
+    if found and found[-1] not in ((theta, pairs), (theta, ())):
+        raise ValueError(f"{path}: rope_scaling and rope_parameters differ: {json.dumps(forms)}")
+    raw.pop(ORIGINAL, None)
+    raw["rope_theta"], raw["rope_scaling"] = theta, pairs
+    scaling = dict(pairs)
+    if scaling.get("rope_type") == "yarn":
+        # Qwen2.5's instructions add YaRN to a file whose positions are those before stretching.
+        stretched = int(scaling["factor"] * scaling[ORIGINAL])
+        raw["max_position_embeddings"] = max(raw["max_position_embeddings"], stretched)
+
+
+def read_rope_field(path, raw, name, rope):
+    """-> rope_theta, sorted pairs of the fields that `plumbing.rope.frequencies` takes."""
+    if not isinstance(rope, dict):
+        raise refusal(path, name, rope)
+    fields = {key: value for key, value in rope.items() if value is not None}
+    kinds = {str(fields.pop(key)) for key in ("type", "rope_type") if key in fields}
+    kind = " ".join(kinds) or "default"
+    needed, optional = ROPE.get(kind, ("", ""))
+    # `finetuned` is a note; a rotation of all pairs is what we do.
+    fields.pop("finetuned", None)
+    partial = fields.pop("partial_rotary_factor", 1) != 1
+    unknown = fields.keys() - {"rope_theta", *needed.split(), *optional.split()}
+    if kind not in ROPE or partial or unknown or set(needed.split()) - fields.keys():
+        raise refusal(path, name, rope)
+    if ORIGINAL in optional:
+        positions = raw["max_position_embeddings"]
+        # transformers prefers the field that stands outside.
+        fields[ORIGINAL] = raw.get(ORIGINAL, fields.get(ORIGINAL, positions))
+    theta = fields.pop("rope_theta", raw["rope_theta"])
+    for key, value in dict(fields, rope_theta=theta).items():
+        is_number = isinstance(value, (int, float)) and 0 < value < float("inf")
+        if not (isinstance(value, bool) if key == "truncate" else is_number):
+            raise ValueError(f"{path}: {name}: {key} = {json.dumps(value)} should be a positive "
+                             "number (truncate: true or false)")
+    if kind == "yarn":
+        fields.setdefault("factor", positions / fields[ORIGINAL])
+    if kind != "default":
+        fields["rope_type"] = kind
+    return theta, tuple(sorted(fields.items()))
 
 
 def refuse_windows(path, raw, family):
-    """Drop the fields about sliding windows if no window is used; else refuse."""
+    """Drop the fields about sliding windows if no token can lie outside of one; else refuse."""
+    window, used = raw.pop("sliding_window"), raw.pop("use_sliding_window", False)
     layer_types = raw.pop("layer_types", [])
-    if set(layer_types) - {"full_attention"}:
+    others = set(layer_types) - {"full_attention"}
+    is_wide = isinstance(window, int) and window >= raw["max_position_embeddings"]
+    if is_wide and others <= {"sliding_attention"}:
+        return
+    if others:
         raise refusal(path, "layer_types", layer_types)
-    window = raw.pop("sliding_window", None)
-    # Qwen's files name a window that they do not use.
-    if window and raw.get("use_sliding_window", family == "llama"):
-        raise refusal(path, "sliding_window", window)
+    if family in ("qwen2", "qwen3"):
+        # Qwen's files name a window that they do not use, or that begins above the last layer.
+        above = raw.get("max_window_layers", 28) >= raw["num_hidden_layers"]
+        if not (used and window) or layer_types or above:
+            return
+    for name, value in (("sliding_window", window), ("use_sliding_window", used)):
+        if value:
+            raise refusal(path, name, value)
+
+
+def read_chunks(path, raw):
+    """Qwen2.5-1M attends in chunks, which changes nothing within the first: go no further."""
+    name = "dual_chunk_attention_config"
+    chunks = raw.pop(name, None)
+    if chunks is None:
+        return
+    sizes = dict(chunks) if isinstance(chunks, dict) else {}
+    longest = sizes.pop(ORIGINAL, float("inf"))
+    if sizes.keys() != {"chunk_size", "local_size"} or sizes["chunk_size"] <= sizes["local_size"]:
+        raise refusal(path, name, chunks)
+    longest = min(longest, sizes["chunk_size"] - sizes["local_size"])
+    raw["max_position_embeddings"] = min(raw["max_position_embeddings"], longest)
 
 
 def refusal(path, name, value):
@@ -133,7 +226,8 @@ def load_weights(model, folder):
     missing = dict(model.named_parameters())
     head = None
     for path in weight_files(folder):
-        for name, tensor in read_tensors(path):
+        for key, tensor in read_tensors(path):
+            name = key.removeprefix("model.")
             # Old folders store rotary frequencies, although they follow from config.json.
             if name.endswith("rotary_emb.inv_freq"):
                 continue
@@ -169,11 +263,11 @@ def check_shape(path, name, tensor, weight):
 
 
 def read_tensors(path):
-    """Yield (our name, tensor) of a safetensors file; slicing the tensor reads its values."""
+    """Yield (name, tensor) of a safetensors file; slicing the tensor reads its values."""
     try:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():
-                yield key.removeprefix("model."), file.get_slice(key)
+                yield key, file.get_slice(key)
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged or incomplete ({error}); copy or download it "
                          "again") from None
@@ -198,8 +292,15 @@ def weight_files(folder):
 
 # ---- saving ----
 
+def read_files(folder):
+    """-> {path in the folder: bytes} of what a model keeps beside its weights and tokenizer."""
+    names = ["config.json", "generation_config.json", "additional_chat_templates/*.jinja"]
+    paths = [path for name in names for path in Path(folder).glob(name)]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
 def save_folder(model, folder):
-    """Write config.json and the weights; a tied head is stored once.
+    """Write config.json, what came with it, and the weights; a tied head is stored once.
 
     All ranks call this, rank 0 writes: model.safetensors, or numbered files of 5 GB and their
     index. OSError, after all ranks have done their part, when a file cannot be written.
@@ -211,6 +312,10 @@ def save_folder(model, folder):
     error = None
     if parallel.RANK == 0:
         try:
+            for name, content in model.files.items():
+                path = Path(folder, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
             os.makedirs(folder, exist_ok=True)
             write_json(f"{folder}/config.json", huggingface_config(model))
             if len(files) > 1:
@@ -225,20 +330,45 @@ def save_folder(model, folder):
                 tensors[name] = weight.cpu().contiguous()
         try:
             if tensors:
-                save_file(tensors, f"{folder}/{path}", metadata={"format": "pt"})
-        except SafetensorError as reason:  # a full disk, too
-            error = OSError(f"{folder}/{path}: cannot write ({reason})")
+                save_tensors(tensors, f"{folder}/{path}")
+        except OSError as reason:
+            error = reason
     if error:
         raise error
 
 
+def save_tensors(tensors, path):
+    """Write a safetensors file with the permissions that any new file gets; OSError if it fails."""
+    Path(path).touch()
+    mode = os.stat(path).st_mode
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as reason:  # a full disk
+        raise OSError(f"{path}: cannot write ({reason})") from None
+    # safetensors renames a temporary file, which nobody else may read.
+    os.chmod(path, mode)
+
+
 def huggingface_config(model):
-    """The contents of config.json."""
+    """The contents of config.json: as it was read, or made from the model's shapes."""
+    if "config.json" in model.files:
+        return with_dtype(json.loads(model.files["config.json"]), model.embed_tokens.weight.dtype)
     config = model.config
-    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     fields = {theirs: getattr(config, ours) for theirs, ours in FIELDS.items()}
-    return fields | dict(architectures=[f"{config.family.title()}ForCausalLM"], hidden_act="silu",
-                         attention_bias=False, torch_dtype=dtype)
+    scaling = dict(fields.pop("rope_scaling"))
+    fields |= dict(architectures=[f"{config.family.title()}ForCausalLM"], hidden_act="silu",
+                   attention_bias=False)
+    if scaling:
+        fields["rope_scaling"] = scaling
+    if config.family == "mistral":
+        fields["sliding_window"] = None
+    return with_dtype(fields, model.embed_tokens.weight.dtype)
+
+
+def with_dtype(fields, dtype):
+    """config.json's fields for weights of this dtype, under the name that the file has for it."""
+    names = {"dtype", "torch_dtype"} & fields.keys() or {"torch_dtype"}
+    return fields | dict.fromkeys(names, str(dtype).removeprefix("torch."))
 
 
 def split_files(weights):

@@ -21,7 +21,7 @@ LAYERS = {
     "reward.py": [],
     "kernels": ["kernels"],
     "plumbing": ["kernels", "plumbing"],
-    "model.py": ["kernels", "plumbing.hf"],
+    "model.py": ["kernels", "plumbing.hf", "plumbing.rope"],
     "sample.py": ["kernels", "plumbing"],
     "data": ["data", "reward", "plumbing"],
     "objectives": ["objectives", "data", "reward", "kernels", "plumbing", "sample"],

@@ -14,6 +14,7 @@ from model import GPT
 from plumbing import hf
 
 FAMILIES = dict(llama=(transformers.LlamaConfig, transformers.LlamaForCausalLM),
+                mistral=(transformers.MistralConfig, transformers.MistralForCausalLM),
                 qwen2=(transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
                 qwen3=(transformers.Qwen3Config, transformers.Qwen3ForCausalLM))
 SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -174,24 +175,37 @@ def test_more_tokens_than_positions_are_refused(tiny_gpt):
 
 # ---- config.json ----
 
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=8192)
 LONGROPE = dict(rope_type="longrope", short_factor=[1.0], long_factor=[2.0])
+MROPE = dict(type="mrope", rope_type="default", mrope_section=[1, 1, 2])
 
 
-YARN, LINEAR, NAMELESS = dict(type="yarn", factor=4.0), dict(type="linear", factor=2.0), dict(factor=2.0)
-
-
-@pytest.mark.parametrize("scaling", [LLAMA3, LONGROPE, YARN, LINEAR, NAMELESS], ids=str)
+@pytest.mark.parametrize("scaling", [
+    LONGROPE, MROPE, dict(type="dynamic", factor=2.0), dict(factor=2.0), dict(type="linear"),
+    dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0), dict(type="yarn", factor=4.0, attn_factor=2.0),
+    dict(type="linear", rope_type="yarn", factor=2.0), dict(type="linear", factor=2.0, partial_rotary_factor=0.5)],
+    ids=str)
 @pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
-def test_scaled_rope_is_refused_in_the_old_form_and_the_new(folder, field, scaling):
+def test_a_scaled_rope_that_is_not_implemented_is_refused_in_the_old_form_and_the_new(folder, field, scaling):
     edit_config(folder, **{field: scaling | dict(rope_theta=5000.0)})
-    assert_refused(folder, field, str(scaling.get("rope_type", scaling.get("type", "factor"))))
+    assert_refused(folder, field, *map(str, scaling), str(scaling.get("rope_type", scaling.get("type", "factor"))))
 
 
-def test_scaled_rope_is_refused_when_the_other_form_says_default(folder):
-    edit_config(folder, rope_parameters=LLAMA3, rope_scaling=dict(rope_type="default"))
-    assert_refused(folder, "rope_parameters", "llama3")
+@pytest.mark.parametrize("name, value", [
+    ("factor", 0), ("factor", "4"), ("factor", [4]), ("beta_fast", -1), ("attention_factor", float("nan")),
+    ("truncate", 1), ("rope_theta", "1e6"), ("original_max_position_embeddings", "64")])
+def test_a_field_of_scaled_rope_that_is_no_number_is_named(folder, name, value):
+    edit_config(folder, rope_parameters=dict(rope_type="yarn", factor=4.0) | {name: value})
+    assert_refused(folder, "config.json", "rope_parameters", name, json.dumps(value))
+
+
+def test_two_forms_of_rope_that_differ_are_refused(folder):
+    linear = dict(rope_type="linear", factor=2.0)
+    edit_config(folder, rope_parameters=linear, rope_scaling=dict(rope_type="default"))
+    assert_refused(folder, "rope_parameters", "rope_scaling", "linear")
+    edit_config(folder, rope_parameters=linear, rope_scaling=dict(type="linear", factor=3.0))
+    assert_refused(folder, "rope_parameters", "rope_scaling", "2.0", "3.0")
+    edit_config(folder, rope_parameters=linear, rope_scaling=dict(type="linear", factor=2.0))
+    assert dict(module.read_config(folder).rope_scaling) == linear
 
 
 @pytest.mark.parametrize("fields", [
@@ -209,7 +223,7 @@ def test_theta_is_found_wherever_it_stands(folder, fields):
 @pytest.mark.parametrize("name, value", [
     ("attention_bias", True), ("mlp_bias", True), ("hidden_act", "gelu"), ("use_sliding_window", True),
     ("layer_types", ["sliding_attention"] * 3), ("layer_types", ["full_attention", "linear_attention"]),
-    ("sliding_window", 4096), ("quantization_config", dict(bits=4)), ("partial_rotary_factor", 0.5),
+    ("sliding_window", 63), ("quantization_config", dict(bits=4)), ("partial_rotary_factor", 0.5),
     ("attn_logit_softcapping", 30.0), ("num_experts", 8), ("model_type", "gemma2"), ("model_type", ...),
 ])
 def test_a_field_that_changes_the_maths_is_refused_by_name(folder, name, value):
@@ -217,13 +231,73 @@ def test_a_field_that_changes_the_maths_is_refused_by_name(folder, name, value):
     assert_refused(folder, "config.json", name, "" if value is ... else json.dumps(value).strip('"'))
 
 
-def test_a_sliding_window_that_qwen_names_but_does_not_use_is_fine_and_one_in_use_is_refused(tmp_path):
+@pytest.mark.parametrize("family, fields", [
+    ("llama", dict(sliding_window=64)), ("llama", dict(layer_types=["full_attention"] * 3)),
+    ("mistral", dict(sliding_window=None)), ("mistral", dict(sliding_window=64)), ("mistral", dict(sliding_window=...)),
+    ("qwen2", dict(sliding_window=4)), ("qwen2", dict(sliding_window=4, use_sliding_window=False)),
+    ("qwen2", dict(sliding_window=None, use_sliding_window=True)),
+    ("qwen2", dict(sliding_window=64, use_sliding_window=True, max_window_layers=0)),
+    ("qwen2", dict(sliding_window=4, use_sliding_window=True, max_window_layers=3)),
+    ("qwen3", dict(sliding_window=4, use_sliding_window=True)),
+    ("qwen3", dict(sliding_window=64, use_sliding_window=True, layer_types=["sliding_attention"] * 3)),
+], ids=str)
+def test_a_window_that_no_token_can_leave_is_fine(tmp_path, family, fields):
+    random_model(family).save_pretrained(tmp_path)
+    edit_config(tmp_path, **dict(layer_types=...) | fields)
+    tokens = torch.arange(64)[None] * 37 % 96
+    assert_same_logits(GPT.from_pretrained(tmp_path), FAMILIES[family][1].from_pretrained(tmp_path), tokens=tokens)
+
+
+@pytest.mark.parametrize("family, name, fields", [
+    ("llama", "sliding_window", dict(sliding_window=63)), ("mistral", "sliding_window", dict(sliding_window=63)),
+    ("mistral", "sliding_window", dict(sliding_window=..., max_position_embeddings=4097)),
+    ("mistral", "sliding_window", dict(sliding_window=4, layer_types=["full_attention"] * 3)),
+    ("qwen2", "sliding_window", dict(sliding_window=63, use_sliding_window=True, max_window_layers=2)),
+    ("qwen3", "sliding_window", dict(sliding_window=..., use_sliding_window=True, max_window_layers=0,
+                                     max_position_embeddings=4097)),
+    ("qwen3", "layer_types", dict(sliding_window=63, use_sliding_window=True,
+                                  layer_types=["full_attention"] * 2 + ["sliding_attention"])),
+], ids=str)
+def test_a_window_that_a_token_can_leave_is_refused(tmp_path, family, name, fields):
+    random_model(family).save_pretrained(tmp_path)
+    edit_config(tmp_path, **dict(layer_types=...) | fields)
+    assert_refused(tmp_path, "config.json", name)
+
+
+CHUNKS = dict(chunk_size=48, local_size=8, original_max_position_embeddings=64)
+
+
+def test_a_model_that_attends_in_chunks_goes_no_further_than_the_first(tmp_path):
     oracle = random_model("qwen2")
     oracle.save_pretrained(tmp_path)
-    edit_config(tmp_path, sliding_window=4, use_sliding_window=False)
-    assert_same_logits(GPT.from_pretrained(tmp_path), oracle)
-    edit_config(tmp_path, sliding_window=4, use_sliding_window=True, layer_types=...)
-    assert_refused(tmp_path, "sliding_window")
+    edit_config(tmp_path, dual_chunk_attention_config=CHUNKS)
+    ours = GPT.from_pretrained(tmp_path)
+    assert ours.config.max_positions == 48 - 8
+    assert_same_logits(ours, oracle, tokens=torch.arange(40)[None])
+    ours.save_pretrained(tmp_path / "ours")
+    saved = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert saved["max_position_embeddings"] == 64 and saved["dual_chunk_attention_config"] == CHUNKS
+    edit_config(tmp_path, dual_chunk_attention_config=CHUNKS | dict(original_max_position_embeddings=32))
+    assert module.read_config(tmp_path).max_positions == 32
+
+
+@pytest.mark.parametrize("chunks", [dict(chunk_size=48), CHUNKS | dict(local_size=48), [48, 8],
+                                    CHUNKS | dict(sparse_attention_enabled=True)], ids=str)
+def test_chunks_that_are_not_understood_are_refused(folder, chunks):
+    edit_config(folder, dual_chunk_attention_config=chunks)
+    assert_refused(folder, "dual_chunk_attention_config")
+
+
+@pytest.mark.parametrize("fields", [
+    dict(anything=None), dict(anything={}, something=[]), dict(quantization_config=None, rope_scaling={}),
+    dict(_name_or_path="a/b", do_sample=True, temperature=0.6, task_specific_params=dict(a=1), is_decoder=False),
+], ids=str)
+def test_a_field_that_says_nothing_about_the_maths_is_kept(folder, fields):
+    edit_config(folder, **fields)
+    ours = GPT.from_pretrained(folder)
+    ours.save_pretrained(folder / "ours")
+    assert (json.loads((folder / "ours" / "config.json").read_text())
+            == json.loads((folder / "config.json").read_text()))
 
 
 @pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
@@ -252,7 +326,7 @@ def test_head_dim_and_kv_heads_follow_from_the_rest(tmp_path, absent):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fields_left_out_have_the_defaults_of_transformers(family, tmp_path):
     Config, _ = FAMILIES[family]
-    (tmp_path / "config.json").write_text(json.dumps(SIZES | dict(model_type=family)))
+    (tmp_path / "config.json").write_text(json.dumps(SIZES | dict(model_type=family, sliding_window=None)))
     ours, theirs = module.read_config(tmp_path), Config(**SIZES)
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"] and ours.norm_eps == theirs.rms_norm_eps
     assert ours.max_positions == theirs.max_position_embeddings
