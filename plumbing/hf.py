@@ -6,16 +6,22 @@
 
 What config.json says beside the shapes survives, and so does generation_config.json. Our parameters
 have Hugging Face's names without the leading "model.".
+
+    python plumbing/hf.py --to bf16 runs/mine/step_001000 my-model    # half the size of our fp32
 """
 import json
 import os
+import shutil
+import sys
 from pathlib import Path
 
+if __name__ == "__main__":  # imports start at the repository
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from plumbing import parallel
+from plumbing import flags, parallel
 from plumbing.checkpoint import newest_hint
 
 FILE_BYTES = 5 * 10**9  # of one safetensors file; one file is in memory at a time
@@ -400,3 +406,70 @@ def index_of(files):
 def write_json(path, content):
     with open(path, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)
+
+
+# ---- the command ----
+
+DTYPES = dict(bf16=torch.bfloat16, fp32=torch.float32)
+# What stays behind: weights in any format, their indices, and a trainer's state.
+LEFT = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json",
+        "trainer.json")
+
+
+def convert(source, out, dtype):
+    """Write a copy of a folder with weights of this dtype; one file is in memory at a time."""
+    read_config(source)
+    paths = weight_files(source)
+    if os.path.exists(out):
+        raise ValueError(f"{out} is there already: choose another folder, or remove it")
+    partial = Path(f"{out}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        copy_files(Path(source), partial)
+        config = read_json(config_path(source))
+        write_json(partial / "config.json", with_dtype(config, dtype))
+        total = 0
+        for path in paths:
+            tensors = {name: part[:] for name, part in read_tensors(path)}
+            for name, tensor in tensors.items():
+                # Rounds to the nearest, ties to even.
+                tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+                total += tensors[name].nbytes
+            save_tensors(tensors, f"{partial}/{os.path.basename(path)}")
+            del tensors
+        if len(paths) > 1:
+            name = "model.safetensors.index.json"
+            index = read_json(f"{source}/{name}")
+            index["metadata"] = index.get("metadata", {}) | dict(total_size=total)
+            write_json(partial / name, index)
+        os.rename(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return total
+
+
+def copy_files(source, out):
+    """Everything but hidden files and what is LEFT; the umask decides on permissions."""
+    for path in sorted(source.rglob("*")):
+        name = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in name.parts)
+        left = path.name.endswith(LEFT) or name.parts[0] == "optimizer"
+        if path.is_file() and not hidden and not left:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, out / name)
+
+
+def parse_args():
+    parser = flags.Parser("Copy a checkpoint folder with its weights in another dtype.")
+    add = parser.add_argument
+    add("--to", required=True, choices=DTYPES, help="dtype of the copy's weights")
+    add("source", help="checkpoint folder; one of a run is copied without its trainer's state")
+    add("out", help="folder to write, which must not exist")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.excepthook = flags.speak_once
+    args = parse_args()
+    size = convert(args.source, args.out, DTYPES[args.to])
+    print(f"{args.out}: {size / 1e9:.2f} GB of weights in {args.to}")
