@@ -21,7 +21,8 @@ from typing import NamedTuple
 if __name__ == "__main__":  # nothing is there to be saved while torch is imported
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 from plumbing import flags
-from plumbing.checkpoint import latest_checkpoint
+from plumbing.checkpoint import latest_checkpoint, on_interrupts
+from plumbing.files import lock, sign
 
 BASE_STEPS, RPT_STEPS = 2400, 250
 THREADS = 4         # at most, for so small a model
@@ -153,23 +154,23 @@ def shell_lines(words):
 
 
 def pass_on_signals(running):
-    """-> a list that Ctrl-C, SIGTERM or SIGHUP fills; running: a list with the current command.
+    """-> a list that Ctrl-C and others fill; running: a list with the current command.
 
     The command saves what it can and ends; at a second Ctrl-C it ends at once.
     """
     stopped = []
 
-    def handle(number, frame):
+    def react(number, is_second_press):
         for process in running:
-            if number == signal.SIGINT and stopped:
+            if is_second_press:
                 process.kill()
             else:
-                process.terminate()
+                # A command whose terminal is gone has to know; for the rest SIGTERM will do.
+                hangup = number == getattr(signal, "SIGHUP", None)
+                process.send_signal(number if hangup else signal.SIGTERM)
         stopped.append(number)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):  # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), handle)
+    on_interrupts(react)
     return stopped
 
 
@@ -310,6 +311,8 @@ if __name__ == "__main__":
     os.chdir(flags.ROOT)
     if args.kernels:
         os.environ["NANORPT_KERNELS"] = args.kernels
+    locked = lock(args.out_dir)
+    sign(locked)
     choose_threads(args.out_dir)
     print(f"{os.environ['OMP_NUM_THREADS']} of {os.cpu_count()} cores (OMP_NUM_THREADS=N changes "
           "that)", flush=True)

@@ -40,7 +40,7 @@ from objectives import Group
 from objectives.rpt import ask, predictions
 from plumbing import flags
 from plumbing.batch import cut, flatten
-from plumbing.checkpoint import write
+from plumbing.files import write
 from plumbing.hf import weight_files
 from plumbing.log import RolloutBar, dump, in_words, other_lines
 from plumbing.truncate import truncation

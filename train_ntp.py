@@ -28,7 +28,7 @@ from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 from plumbing import flags, parallel
 from plumbing.batch import Example, count_tokens, idle_micro_batch, pack
-from plumbing.checkpoint import Run, save_checkpoint
+from plumbing.checkpoint import Run
 from plumbing.log import append, read_metrics
 from plumbing.optimizer import clip_gradients, make_optimizer
 
@@ -141,21 +141,26 @@ class Lessons:
         starts = self.corpus.docs[self.documents, 0]
         self.documents = self.documents[np.isin(starts, positions[:, 1])]
 
-    def examples(self, step):
-        """The Examples of one step, for all ranks."""
+    def cursor_at(self, step):
+        """What so many steps use, if all are of the size that is asked for now."""
+        return dict(documents=step * self.args.documents_per_step, strings=step * self.n_strings)
+
+    def examples(self, step, cursor):
+        """The Examples of one step, for all ranks. cursor: what the steps before it have used."""
         seed, n = self.args.seed, self.args.documents_per_step
-        documents = self.documents[shuffled(len(self.documents), step * n, n, seed)]
+        documents = self.documents[shuffled(len(self.documents), cursor["documents"], n, seed)]
         examples = document_examples(self.corpus, documents, self.end_id, self.max_tokens,
                                      self.args.problem_weight, np.random.default_rng((seed, step)),
                                      self.counts)
         if self.n_strings:
-            chosen = shuffled(len(self.strings), step * self.n_strings, self.n_strings, seed)
+            chosen = shuffled(len(self.strings), cursor["strings"], self.n_strings, seed)
             examples += [self.strings[i] for i in chosen]
         return examples
 
     def tokens_per_step(self):
         """The mean over 100 steps."""
-        return np.mean([sum(map(count_tokens, self.examples(step))) for step in range(100)])
+        return np.mean([sum(map(count_tokens, self.examples(step, self.cursor_at(step))))
+                        for step in range(100)])
 
 
 def learning_rate(step, args):
@@ -231,6 +236,8 @@ if __name__ == "__main__":
         parallel.print0(f"{args.match_compute} spent {budget:.2e} FLOPs; that is {args.steps} "
                         "steps here")
     run.open(model, optimizer)
+    # A new run has no cursor, and neither has a checkpoint of an older version.
+    run.cursor = lessons.cursor_at(run.step) | (run.cursor or {})
     parallel.print0(f"{parameters:,} parameters, {len(lessons.documents):,} documents, "
                     f"{len(lessons.strings):,} strings, steps {run.step} to {args.steps}")
 
@@ -242,7 +249,7 @@ if __name__ == "__main__":
         for group in optimizer.param_groups:
             group["lr"] = lr
         # All ranks make the same examples, and each packs its share of them.
-        examples = lessons.examples(step)
+        examples = lessons.examples(step, run.cursor)
         total_weight = sum(sum(example.advantages[0]) for example in examples) or 1
         mine = examples[parallel.share(len(examples))]
         batches = pack(mine, args.tokens_per_micro_batch, device)
@@ -250,6 +257,7 @@ if __name__ == "__main__":
 
         seconds, tokens = parallel.clock() - start, sum(map(count_tokens, examples))
         run.step = step + 1
+        run.cursor = {name: run.cursor[name] + n for name, n in lessons.cursor_at(1).items()}
         is_over = run.is_over()
         speed = f"{tokens / seconds:,.0f} tok/s"
         bar.set_postfix_str(f"loss {loss:.3f}, {speed}")
@@ -260,7 +268,7 @@ if __name__ == "__main__":
         if bar.disable and run.step % LINE_EVERY == 0:
             parallel.print0(f"step {run.step:05d}/{args.steps:05d} | loss {loss:.3f} | {speed}")
         if is_over or run.is_due():
-            save_checkpoint(args.out_dir, run.step, model, tokenizer, optimizer)
+            run.save(model, tokenizer, optimizer)
         if is_over:
             break
     bar.close()

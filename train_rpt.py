@@ -33,7 +33,7 @@ from model import GPT, read_config
 from objectives import Group
 from plumbing import flags, parallel
 from plumbing.batch import idle_micro_batch, pack
-from plumbing.checkpoint import Run, save_checkpoint
+from plumbing.checkpoint import Run
 from plumbing.log import RolloutBar, StepLog, save_batch
 from plumbing.optimizer import clip_gradients, make_optimizer
 from sample import generate
@@ -280,7 +280,7 @@ if __name__ == "__main__":
         is_over = run.is_over()
         log.write(run.step, everything, update)
         if is_over or run.is_due():
-            save_checkpoint(args.out_dir, run.step, model, tokenizer, optimizer, cursor=cursor)
+            run.save(model, tokenizer, optimizer)
         if is_over:
             break
     run.farewell(f", curves: python plot.py {args.out_dir}")

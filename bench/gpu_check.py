@@ -43,7 +43,7 @@ from kernels.logprob import launch_logprob, sample as sample_tokens
 from model import GPT, GPTConfig
 from plumbing import flags
 from plumbing.batch import flatten
-from plumbing.checkpoint import latest_checkpoint
+from plumbing.files import latest_checkpoint
 
 SMALL = dict(vocab_size=151_936, width=256, n_layers=2, n_heads=4, n_kv_heads=2, ffn_width=512,
              max_positions=2048)

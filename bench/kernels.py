@@ -46,7 +46,7 @@ from kernels.attention import attention, is_real, make_layout
 from kernels.decode import Rows, decode, decode_reference
 from kernels.logprob import logprob, sample
 from plumbing import flags
-from plumbing.checkpoint import write
+from plumbing.files import write
 
 OURS = ("fast", "bitwise")
 PASSES = ("fwd", "fwd+bwd")

@@ -22,7 +22,7 @@ import regex  # comes with tiktoken; unlike `re` it knows \p{L}
 import tiktoken
 
 from data.sums import tokenizer_corpus
-from plumbing.checkpoint import newest_hint
+from plumbing.files import newest_hint
 
 # How text is cut into pieces; no token crosses a cut.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

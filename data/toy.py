@@ -33,7 +33,7 @@ from data.corpus import write_corpus
 from data.sums import apply, write_document
 from data.tokenizer import Tokenizer
 from plumbing import flags
-from plumbing.checkpoint import write
+from plumbing.files import write
 
 SKIPPED = 0.35           # share of strings without a thought
 STOPPED = 0.55           # share of thoughts that end after a step, at each step but the last

@@ -33,7 +33,7 @@ from data.questions import leave_out_long, read_solutions
 from data.tokenizer import Tokenizer
 from model import GPT, read_config
 from plumbing import flags
-from plumbing.checkpoint import write
+from plumbing.files import write
 from reward import extract_prediction
 
 TAIL = 6        # tokens of the context that are repeated

@@ -28,7 +28,7 @@ if __name__ == "__main__":  # the repository, not paper/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import demo
 from plumbing import flags
-from plumbing.checkpoint import latest_checkpoint, write
+from plumbing.files import latest_checkpoint, write
 
 VARIANTS = {  # name: the flags by which it differs from rpt
     "no-thought": "--objective no_thought --steps 800",  # twice the FLOPs of rpt

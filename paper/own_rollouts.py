@@ -18,7 +18,7 @@ from data.tokenizer import Tokenizer
 from model import GPT
 from objectives import Group, rpt
 from plumbing import flags
-from plumbing.checkpoint import write
+from plumbing.files import write
 from plumbing.log import RolloutBar, text_of
 from sample import generate
 

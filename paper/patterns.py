@@ -25,7 +25,7 @@ from data.questions import field, read_lines
 from eval import wilson
 from plot import COLOURS, COLUMN, GREY, SMALL, draw_whisker_bars, picture, short_names
 from plumbing import flags
-from plumbing.checkpoint import write
+from plumbing.files import write
 
 KEYWORDS = {  # the paper's Table 9
     "transition": ["alternatively", "think differently"],

@@ -26,7 +26,7 @@ if __name__ == "__main__":  # the repository, not paper/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from plot import COLOURS, COLUMN, MODES, SMALL, SPLITS, add_title, picture, read_results
 from plumbing import flags
-from plumbing.checkpoint import write
+from plumbing.files import write
 from plumbing.log import read_metrics
 
 ALPHAS = 0.01, 3.0  # from nearly a straight line in log C to a jump after the first point

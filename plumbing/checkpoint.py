@@ -5,43 +5,73 @@
     RUN/samples.jsonl    some rollouts, word for word
     RUN/step_000090/     a Hugging Face folder with its tokenizer, for us and for transformers
         trainer.json     step and data cursor
-        optimizer/       the moments, a file for each rank; kept for the newest checkpoint only
+        optimizer/       the moments (plumbing/moments.py); kept for the newest checkpoint only
     RUN/latest           name of the newest checkpoint
+    RUN/lock             which process writes here
 
-A checkpoint is written under another name and then renamed, and `latest` is updated last. So a run
-that is killed at any moment resumes from the last complete checkpoint, on any number of ranks.
-There is no random state to save, because data order and sampling are functions of (seed, step).
+A checkpoint is written under another name, flushed to the disk and then renamed, and `latest` is
+updated last. So a run that ends at any moment, by kill -9 or a power cut, resumes from the last
+complete checkpoint, on any number of ranks. There is no random state to save, because data order
+and sampling are functions of (seed, step).
 """
 import glob
 import json
 import os
 import shutil
 import signal
-import warnings
+import time
+from contextlib import suppress
 from datetime import datetime
 
 from plumbing import flags, parallel
+from plumbing.files import (checkpoints, delete, latest_checkpoint, lock, number_of, open_tensors,
+                            read_json, read_latest, remove, sign, sync, sync_tree, write)
+from plumbing.hf import read_config, weight_files
+from plumbing.moments import load_moments, read_index, save_moments
+
+LOGS = "metrics.jsonl", "samples.jsonl"
+SAME_PRESS = 0.7  # seconds, because terminals, torchrun and `timeout` may pass a Ctrl-C on twice
 
 
 class Run:
     """The folder of a run: where it stands, and when it is over."""
 
     def __init__(self, args):
-        """Look for the checkpoint that --resume continues; nothing is written."""
+        """Look for the checkpoint that --resume continues; nothing of a run is written."""
         self.args = args
         self.folder = args.out_dir
-        self.checkpoint = checkpoint_to_resume(args)  # a folder, or None in a new run
-        self.step = 0                                 # steps taken so far
-        self.cursor = 0                               # positions used so far
+        self.lock = None      # on rank 0, once there is a folder
+        self.step = 0         # steps taken so far
+        self.cursor = 0       # how much of the data they have used; train_ntp keeps two counts
         self.interrupts = []
+        found = None
+        if parallel.RANK == 0:
+            if os.path.exists(f"{self.folder}/lock"):
+                self.lock = lock(self.folder)
+            found = checkpoint_to_resume(args)
+            # A start that is refused changes no file.
+            if self.lock:
+                sign(self.lock)
+        # A folder, or None in a new run, and what to say about the choice.
+        self.checkpoint, self.remarks = parallel.gather_lists([found])[0]
 
     def open(self, model, optimizer):
         """Restore the trainer, open the folder and catch interrupts. All ranks call this."""
+        parallel.on_rank_0(self.claim)
         if self.checkpoint:
             state = load_trainer(self.checkpoint, model, optimizer)
             self.step, self.cursor = state["step"], state.get("cursor", 0)
         self.interrupts = catch_interrupts()
-        parallel.on_rank_0(open_folder, self.args, self.checkpoint)
+        parallel.on_rank_0(open_folder, self.args, self.checkpoint, self.remarks)
+
+    def claim(self):
+        """Lock the folder, unless another run has trained in it while the model was loaded."""
+        if not self.lock:
+            self.lock = lock(self.folder)
+            sign(self.lock)
+        if checkpoint_to_resume(self.args)[0] != self.checkpoint:
+            raise ValueError(f"{self.folder}: another process has trained here while this one "
+                             "started; start the same command again")
 
     def is_over(self):
         """Was this the last step, or has any rank been interrupted? All ranks call this."""
@@ -52,6 +82,12 @@ class Run:
         """Is it time for a checkpoint?"""
         return self.step % self.args.save_every == 0
 
+    def save(self, model, tokenizer, optimizer):
+        """Write a checkpoint, and drop those that --keep does not want. All ranks call this."""
+        save_checkpoint(self.folder, self.step, model, tokenizer, optimizer, cursor=self.cursor)
+        if self.args.keep:
+            parallel.on_rank_0(drop_checkpoints, self.folder, self.step, self.args)
+
     def farewell(self, hint=""):
         """Say how the run ended."""
         if self.step < self.args.steps:
@@ -59,87 +95,181 @@ class Run:
                             "the same command with --resume continues")
         else:
             parallel.print0(f"done: {latest_checkpoint(self.folder)}{hint}")
+        if self.lock:
+            self.lock.close()
 
+
+# ---- opening ----
 
 def checkpoint_to_resume(args):
-    """Folder of the checkpoint that --resume continues, or None.
+    """-> folder of the checkpoint that --resume continues or None, and remarks about the choice.
 
-    ValueError if the run would be overwritten, or belongs to the other trainer.
+    ValueError if a run would be overwritten or cannot be continued.
     """
-    checkpoint = latest_checkpoint(args.out_dir)
-    if checkpoint and not args.resume:
-        raise ValueError(f"{args.out_dir} already holds a run; --resume continues it, "
+    run = args.out_dir
+    has_checkpoints = bool(checkpoints(run))
+    has_latest, has_log = (os.path.lexists(f"{run}/{name}") for name in ("latest", LOGS[0]))
+    if not args.resume and (has_checkpoints or has_latest or has_log):
+        raise ValueError(f"{run} already holds a run; --resume continues it, "
                          "another --out-dir starts afresh")
-    if checkpoint:
-        with open(f"{args.out_dir}/args.json", encoding="utf-8") as file:
-            is_rpt = "rollouts" in json.load(file)
-        if is_rpt != hasattr(args, "rollouts"):
-            raise ValueError(f"{args.out_dir} is a run of the other trainer: take --init "
-                             f"{checkpoint} and another --out-dir")
-    return checkpoint
+    if has_checkpoints:
+        return newest_complete(run, hasattr(args, "rollouts"))
+    if has_latest:
+        raise ValueError(f"{run}/latest: there is no checkpoint beside it; put one back, delete "
+                         "this file to start at step 0, or take another --out-dir")
+    return None, [f"{run} holds no checkpoint: starting at step 0"] if has_log else []
 
 
-def latest_checkpoint(run):
-    """Folder of the newest complete checkpoint, or None."""
-    if not os.path.exists(f"{run}/latest"):
-        return None
-    with open(f"{run}/latest", encoding="utf-8") as file:
-        return f"{run}/{file.read().strip()}"
+def newest_complete(run, is_rpt):
+    """-> the newest checkpoint that is complete, and remarks if that is not what `latest` names.
+
+    ValueError if there is none, or if the run belongs to the other trainer.
+    """
+    newest, problems, weights = latest_checkpoint(run), [], None
+    if os.path.basename(newest) != read_latest(run):
+        problems.append(f"{run}/latest names no checkpoint")
+    for folder in checkpoints(run):
+        # `latest` may have been set back by hand.
+        if number_of(folder) > number_of(newest):
+            continue
+        try:
+            check_weights(folder)
+            weights = weights or folder
+            state = read_trainer(folder)
+            read_index(f"{folder}/optimizer")
+        except (OSError, ValueError) as error:
+            problems.append(error)
+            continue
+        if isinstance(state.get("cursor"), int) != is_rpt:
+            raise ValueError(f"{run} is a run of the other trainer: take --init {folder} and "
+                             "another --out-dir")
+        return folder, [f"{problem}: taking {folder}" for problem in problems]
+    way_out = f"--init {weights} and another --out-dir start from its weights"
+    raise ValueError(f"{problems[0]}; no checkpoint here has all that --resume needs"
+                     + (f", but {way_out}" if weights else ""))
 
 
-def newest_hint(folder):
-    """What to add to "no checkpoint in this folder" if it is the folder of a run."""
-    newest = latest_checkpoint(folder)
-    return f"; its newest checkpoint is {newest}" if newest else ""
+def check_weights(folder):
+    """OSError or ValueError about what is missing or damaged in a Hugging Face folder."""
+    read_config(folder)
+    read_json(f"{folder}/tokenizer.json")
+    for path in weight_files(folder):
+        with open_tensors(path):
+            pass
 
 
-def open_folder(args, checkpoint):
+def read_trainer(folder):
+    """trainer.json: `step`, and `cursor` unless it is old."""
+    path = f"{folder}/trainer.json"
+    state = read_json(path)
+    cursor = state.get("cursor", {})
+    counts = cursor.values() if isinstance(cursor, dict) else [cursor]
+    are_counts = all(type(count) is int and count >= 0 for count in counts)
+    if state.get("step") != number_of(folder) or not are_counts:
+        raise ValueError(f"{path}: expected the step of this folder and a data cursor, "
+                         f"got {json.dumps(state)[:80]}")
+    return state
+
+
+def open_folder(args, checkpoint, remarks):
     """Make or reopen a run's folder, cut its logs at the checkpoint, print changed arguments."""
     run = args.out_dir
+    for remark in remarks:
+        print(remark, flush=True)
     if checkpoint:
-        with open(f"{run}/args.json", encoding="utf-8") as file:
-            old = json.load(file) | dict(resume=args.resume)
+        try:
+            old = read_json(f"{run}/args.json") | dict(resume=args.resume)
+        except (OSError, ValueError) as error:
+            print(f"{error}: written anew", flush=True)
+            old = {}
         changed = [f"{name} {old[name]} -> {value}" for name, value in vars(args).items()
                    if name in old and old[name] != value]
         about = f"; changed: {', '.join(changed)}" if changed else ""
         print(f"resuming from {checkpoint}{about}", flush=True)
-    os.makedirs(run, exist_ok=True)
     made = flags.versions() | dict(begun=f"{datetime.now():%Y-%m-%d %H:%M}")
     write(f"{run}/args.json", json.dumps(vars(args) | made, indent=2))
-    last_step = int(checkpoint.rpartition("_")[2]) if checkpoint else 0
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        cut_log(f"{run}/{name}", last_step)
+    for name in LOGS:
+        cut_log(f"{run}/{name}", number_of(checkpoint) if checkpoint else 0)
 
 
 def cut_log(path, step):
-    """Drop lines of steps after `step`, which will be written again, and a torn last line."""
-    if os.path.exists(path):
-        with open(path, "rb") as file:
-            lines = [line for line in file
-                     if line.endswith(b"\n") and json.loads(line)["step"] <= step]
-        write(path, b"".join(lines).decode())
+    """Drop lines of steps after `step`, which will be written again, and lines that are broken."""
+    if not os.path.exists(path):
+        return
+    kept, broken, last = [], [], 0
+    with open(path, "rb") as file:
+        lines = file.readlines()
+    for number, line in enumerate(lines, 1):
+        here = step_of(line)
+        if here is None:
+            broken.append(number)
+        elif here > step:
+            break
+        else:
+            kept.append(line)
+            last = here
+    # A kill while the next step is logged tears a line, which is no loss.
+    if broken and broken[-1] == len(lines) and last == step:
+        broken.pop()
+    if broken:
+        print(f"{path}: dropped what is not JSON with a step: line "
+              + ", ".join(map(str, broken)), flush=True)
+    write(path, b"".join(kept))
+
+
+def step_of(line):
+    """The step of a line in a log, or None if it is torn or broken."""
+    with suppress(ValueError, TypeError, KeyError):
+        step = json.loads(line)["step"]
+        return step if type(step) is int and line.endswith(b"\n") else None
 
 
 def catch_interrupts():
-    """-> a list that Ctrl-C or SIGTERM fills; the loop then ends its step, saves and exits with 0.
+    """-> a list that Ctrl-C and others fill; the loop then ends its step, saves and exits with 0.
 
     A second Ctrl-C ends the process at once. A second SIGTERM does not, because torchrun sends one
     after every Ctrl-C.
     """
     caught = []
 
-    def handle(number, frame):
-        if number == signal.SIGINT and signal.SIGINT in caught:
+    def react(number, is_second_press):
+        if is_second_press:
             os._exit(130)
         if not caught and parallel.RANK == 0:
             # Not print, because the signal may come while something else is being printed. The
             # empty line is for the step's line, which replaces the one above it on a terminal.
-            os.write(2, b"\nstopping after this step; a second Ctrl-C ends the run at once\n\n")
+            with suppress(OSError):
+                os.write(2, b"\nstopping after this step; "
+                            b"a second Ctrl-C ends the run at once\n\n")
         caught.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
+    on_interrupts(react)
     return caught
+
+
+def on_interrupts(react):
+    """Call react(number, is_second_press) at Ctrl-C, SIGTERM, SIGHUP and SIGUSR1.
+
+    SIGHUP says that the terminal is gone, SIGUSR1 is a scheduler's warning.
+    """
+    presses = []
+    terminals = [handle for handle in (1, 2) if os.isatty(handle)]
+
+    def handle(number, frame):
+        if number == signal.SIGINT:
+            presses.append(time.monotonic())
+        if number == getattr(signal, "SIGHUP", None):
+            # Printing to a terminal that is gone would end the run before it saves.
+            for handle in terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), handle)
+        pressed = number == signal.SIGINT
+        react(number, pressed and presses[-1] - presses[0] > SAME_PRESS)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        number = getattr(signal, name, None)  # Windows has only the first two
+        # nohup starts a run with SIGHUP ignored, and so it stays.
+        if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+            signal.signal(number, handle)
 
 
 # ---- saving and loading ----
@@ -167,7 +297,7 @@ def save_checkpoint(run, step, model, tokenizer, optimizer, **state):
 def remove_partial_saves(run):
     """Remove what a run that was killed while saving has left behind."""
     for leftover in glob.glob(f"{glob.escape(run)}/step_*.partial"):
-        shutil.rmtree(leftover)
+        delete(leftover)
 
 
 def save_the_rest(partial, tokenizer, state):
@@ -177,32 +307,26 @@ def save_the_rest(partial, tokenizer, state):
 
 def publish(run, partial, folder):
     """Give a complete checkpoint its name, update `latest`, drop the moments of older ones."""
-    shutil.rmtree(folder, ignore_errors=True)   # from before the run was resumed
+    sync_tree(partial)
+    for name in LOGS:
+        if os.path.exists(f"{run}/{name}"):
+            sync(f"{run}/{name}")
+    if os.path.lexists(folder):  # from before the run was resumed
+        remove(folder)
     os.rename(partial, folder)
+    sync(run)
     write(f"{run}/latest", os.path.basename(folder))
-    for old in glob.glob(f"{glob.escape(run)}/step_*/optimizer"):
-        if os.path.dirname(old) != folder:
-            shutil.rmtree(old)
+    for old in checkpoints(run):
+        if old != folder and os.path.lexists(f"{old}/optimizer"):
+            delete(f"{old}/optimizer")
 
 
-def moments(model, optimizer):
-    """{name: tensor}: the optimizer's tensors by the names of their weights."""
-    named = {}
-    for name, weight in model.named_parameters():
-        for key, tensor in optimizer.state[weight].items():
-            named[f"{name}.{key}"] = tensor
-    return named
-
-
-def save_moments(folder, model, optimizer):
-    """Each rank writes its part; OSError on all ranks if one of them cannot."""
-    from torch.distributed import checkpoint        # takes a second to import
-    with warnings.catch_warnings(action="ignore"):  # about running in a single process
-        try:
-            checkpoint.save(moments(model, optimizer), checkpoint_id=folder,
-                            no_dist=parallel.WORLD == 1)
-        except checkpoint.CheckpointException as error:
-            raise OSError(f"{folder}: cannot write ({first_cause(error)})") from error
+def drop_checkpoints(run, step, args):
+    """Keep the --keep newest checkpoints up to this step, and multiples of --keep-every."""
+    older = [folder for folder in checkpoints(run) if number_of(folder) < step]
+    for folder in older[args.keep - 1:]:
+        if not args.keep_every or number_of(folder) % args.keep_every:
+            remove(folder)
 
 
 def load_trainer(folder, model, optimizer):
@@ -210,28 +334,5 @@ def load_trainer(folder, model, optimizer):
 
     Settings such as the learning rate are those of this command line. ValueError for damaged files.
     """
-    from torch.distributed import checkpoint
-    with warnings.catch_warnings(action="ignore"):
-        try:
-            checkpoint.load(moments(model, optimizer), checkpoint_id=f"{folder}/optimizer",
-                            no_dist=parallel.WORLD == 1)
-        except checkpoint.CheckpointException as error:
-            raise ValueError(f"{folder}/optimizer: damaged or incomplete "
-                             f"({first_cause(error)})") from error
-    with open(f"{folder}/trainer.json", encoding="utf-8") as file:
-        return json.load(file)
-
-
-def first_cause(error):
-    """The reason that a CheckpointException gives for its first rank, in one line."""
-    rank, (cause, _) = next(iter(error.failures.items()))
-    if isinstance(cause, (AttributeError, TypeError, NameError)):  # a bug, not a damaged file
-        raise cause
-    return f"rank {rank}: {(str(cause) or repr(cause)).splitlines()[0]}"
-
-
-def write(path, text):
-    """Replace a file at once: write another one and rename it."""
-    with open(path + ".partial", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(path + ".partial", path)
+    load_moments(f"{folder}/optimizer", model, optimizer)
+    return read_trainer(folder)

@@ -113,6 +113,10 @@ def new_tokens(asked, usual, positions):
 def add_run_flags(add, save_every):
     """Flags of both trainers about the run itself."""
     add("--save-every", type=at_least(1), default=save_every, help="steps between checkpoints")
+    add("--keep", type=at_least(0), default=0, metavar="N",
+        help="checkpoints that stay: the N newest ones; 0: all")
+    add("--keep-every", type=at_least(0), default=0, metavar="M",
+        help="--keep: also those of every M-th step; 0: no others")
     add("--resume", action="store_true", help="continue the run in --out-dir, if there is one")
     add("--seed", type=at_least(0), default=0, help="of data order and sampling")
     add_device_flag(add)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from plumbing import flags, parallel
-from plumbing.checkpoint import newest_hint
+from plumbing.files import newest_hint, read_json
 
 FILE_BYTES = 5 * 10**9  # of one safetensors file; one file is in memory at a time
 
@@ -208,18 +208,6 @@ def read_chunks(path, raw):
 def refusal(path, name, value):
     return ValueError(f"{path}: {name} = {json.dumps(value)} is not implemented and may change "
                       "the maths")
-
-
-def read_json(path):
-    """The JSON object in a file; ValueError for anything else."""
-    with open(path, encoding="utf-8") as file:
-        try:
-            content = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path}: broken JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {json.dumps(content)[:40]}")
-    return content
 
 
 # ---- weights ----

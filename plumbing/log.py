@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from plumbing import parallel
-from plumbing.checkpoint import write
+from plumbing.files import write
 
 SAMPLES = 2               # rollouts a step in samples.jsonl; --rollouts is no less
 CONTEXT_TOKENS = 64       # of the end of the context, in samples.jsonl

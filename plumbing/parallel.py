@@ -155,7 +155,7 @@ def total(*numbers):
 
 
 def gather_lists(items):
-    """A list of picklable items from each rank -> on every rank all items, in order of ranks."""
+    """A list of small items from each rank -> on every rank all items, in order of ranks."""
     lists = [items] * WORLD
     if WORLD > 1:
         dist.all_gather_object(lists, items)

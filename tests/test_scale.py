@@ -272,13 +272,14 @@ def test_a_rank_reads_no_more_than_its_rows(tmp_path):
 def test_a_damaged_optimizer_is_one_line_on_resume(corpus, base, tmp_path, damage):
     line = command("train_rpt.py", corpus, base, tmp_path / "run")
     assert run_here(*line, "--steps", "3")[0] == 0
-    shard, = (tmp_path / "run" / "step_000003" / "optimizer").glob("*.distcp")
+    shard, = (tmp_path / "run" / "step_000003" / "optimizer").glob("*.safetensors")
     if damage == "delete":
         shard.unlink()
     else:
         shard.write_bytes(shard.read_bytes()[:1000])
     code, _, err = run_here(*line, "--resume")
-    assert code == 2 and err.count("\n") == 1 and "step_000003/optimizer: damaged or incomplete" in err
+    assert code == 2 and err.count("\n") == 1 and str(shard) in err and "--init" in err
+    assert ("damaged or incomplete" in err) == (damage == "cut")
 
 
 COPIES = """

@@ -2,6 +2,7 @@
 
 The fixtures are imported by name, `from tiny import base, corpus`, and made once in a temporary folder.
 """
+import gc
 import io
 import json
 import os
@@ -96,7 +97,8 @@ def base(tmp_path_factory):
 def run_here(script, *arguments):
     """Run a script as __main__ in this process -> exit code, stdout, stderr; 1 is a traceback."""
     out, err = io.StringIO(), io.StringIO()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number)
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
     with (patch("sys.argv", [script, *map(str, arguments)]), patch("sys.path", sys.path[:]),
           patch("os._exit", sys.exit), patch("sys.excepthook"), redirect_stdout(out), redirect_stderr(err)):
         try:
@@ -111,4 +113,5 @@ def run_here(script, *arguments):
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            gc.collect()  # a process that ends would close its files
     return code, out.getvalue(), err.getvalue()
