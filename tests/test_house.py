@@ -168,8 +168,8 @@ def test_every_text_that_is_read_or_written_names_its_encoding():
         for node in ast.walk(HERE.trees[name]):
             if not isinstance(node, ast.Call):
                 continue
-            # run.open() is our own.
-            called = ast.unparse(node.func).removeprefix("run.open")
+            # run.open() is our own, os.open() opens bytes.
+            called = ast.unparse(node.func).removeprefix("run.open").removeprefix("os.open")
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             modes = [ast.unparse(argument) for argument in node.args[:2]] + [given.get("mode", "")]
             opens = called.rpartition(".")[2] in ("open", "fdopen", "read_text", "write_text")
