@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 
 def read_json(path):
@@ -22,6 +23,18 @@ def read_json(path):
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {json.dumps(content)[:40]}")
     return content
+
+
+def save_tensors(tensors, path):
+    """Write a safetensors file with the permissions that any new file gets; OSError if it fails."""
+    open(path, "wb").close()
+    mode = os.stat(path).st_mode
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as reason:  # a full disk
+        raise OSError(f"{path}: cannot write ({reason})") from None
+    # safetensors renames a temporary file, which nobody else may read.
+    os.chmod(path, mode)
 
 
 @contextmanager

@@ -19,10 +19,9 @@ if __name__ == "__main__":  # imports start at the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from plumbing import flags, parallel
-from plumbing.files import newest_hint, read_json
+from plumbing.files import newest_hint, read_json, save_tensors
 
 FILE_BYTES = 5 * 10**9  # of one safetensors file; one file is in memory at a time
 
@@ -329,18 +328,6 @@ def save_folder(model, folder):
             error = reason
     if error:
         raise error
-
-
-def save_tensors(tensors, path):
-    """Write a safetensors file with the permissions that any new file gets; OSError if it fails."""
-    Path(path).touch()
-    mode = os.stat(path).st_mode
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as reason:  # a full disk
-        raise OSError(f"{path}: cannot write ({reason})") from None
-    # safetensors renames a temporary file, which nobody else may read.
-    os.chmod(path, mode)
 
 
 def huggingface_config(model):

@@ -8,11 +8,8 @@ Ranks that hold copies of the same rows (HSDP) write them once. Neither format c
 import json
 import os
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-
 from plumbing import parallel
-from plumbing.files import open_tensors, read_json, sync, write
+from plumbing.files import open_tensors, read_json, save_tensors, sync, write
 
 FILE_BYTES = 2 * 10**9  # moments leave a GPU one file at a time
 
@@ -52,10 +49,7 @@ def save_moments(folder, model, optimizer):
     for i, tensors in enumerate(files):
         path = f"{folder}/{file_name(i)}"
         tensors = {name: part.cpu().contiguous() for name, part in tensors.items()}
-        try:
-            save_file(tensors, path)
-        except SafetensorError as error:
-            raise OSError(f"{path}: cannot write ({error})") from None
+        save_tensors(tensors, path)
         sync(path)
     if parallel.RANK == 0:
         write(f"{folder}/index.json", json.dumps(index))
