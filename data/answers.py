@@ -40,7 +40,7 @@ SIGNS = {
 SIGNS |= {chr(code + 0xfee0): chr(code) for code in range(33, 127)}  # wide １ is 1
 SIGNS = str.maketrans(SIGNS)
 RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
-FENCES = [("$", "$"), (r"\[", r"\]"), (r"\boxed{", "}"), ("**", "**"), ("`", "`")]
+FENCES = [("$", "$"), (r"\[", r"\]"), (r"\boxed{", "}"), ("{", "}"), ("**", "**"), ("`", "`")]
 BRACKETS = re.compile(r"[(\[]|\\\{")
 THOUSANDS = r"(?<![0-9.,])[1-9][0-9]{0,2}(?:%s[0-9]{3})+(?!(?:%s)?[0-9])"
 WITH_COMMAS, WITH_BLANKS = [re.compile(THOUSANDS % (mark, mark)) for mark in (",", r"\\[,;:]")]
@@ -62,7 +62,7 @@ def factorial(number: re.Match) -> str:
 def quotient(fraction: re.Match) -> str:
     r"""\frac{\pi}{4} -> \pi/4, \frac{x+1}{2x} -> (x+1)/(2x)"""
     before, top, bottom = fraction.groups()
-    if bottom[:1] in "-+" or top[:1] == "-" and before in ("-", "+"):
+    if bottom[:1] in "-+":
         return fraction[0]
     if re.search(r"[^\w\\.{}^]", re.sub(r"\{[^{}]*\}", "", top[1:])):
         top = f"({top})"
@@ -77,7 +77,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![A-Za-z])", ""),
     (r"\\(?:times|cdot)(?![A-Za-z])", "*"),
     (r"\\([lgn]e)(?:q|qslant)?(?![A-Za-z])", r"\\\1q "),
-    (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
+    (r"\\varnothing(?![A-Za-z])|\\\{ ?\\\}", r"\\emptyset"),
     (r"\\[lc]?dots(?![A-Za-z])", "..."),
     (r"\\begin\{[bp]matrix\}", r"\\matrix("),
     (r"\\end\{[bp]matrix\}", ")"),
@@ -88,7 +88,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
     (r" +", " "),
     (r",? and ", ", "),
-    (r"^ ?\(?([A-J])\) +(?=[\w$]|-[0-9]|\\(?:[dt]?frac|sqrt|pi|\$))", r"\1. "),  # (B) 14
+    (r"^ ?\(?([A-J])[):] +(?=[\w$]|-[0-9]|\\(?:[dt]?frac|sqrt|pi|\$))", r"\1. "),  # (B) 14
     (r"(?<![\w.}]) | (?![\w.])", ""),  # not between words or digits
     (r"(?<!\\)\\([%$])", r"\1"),
     (r"\^\{?\\circ\}?|\\degree(?![A-Za-z])", "°"),
@@ -121,8 +121,8 @@ def layout_free(text: str) -> str:
         text = WITH_COMMAS.sub(without_marks, text)
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text)
-    if re.fullmatch(r"\([A-Za-z]\)", text):
-        return text[1].upper()
+    if re.fullmatch(r"\([A-Za-z]\)|[A-J]\)", text):
+        return text[-2].upper()
     return text.lower() if WORDS.fullmatch(text) else text
 
 

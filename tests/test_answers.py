@@ -76,6 +76,11 @@ EQUAL = [
     ("roots in plain text", ["\u221a17", "sqrt(17)", r"\sqrt{17}", "\u221a(17)"]),
     ("a root of another degree", [r"\sqrt[3]2", r"\sqrt[3]{2}"]),
     ("halves of one character", ["2\u00bd", "2.5", r"2\frac12"]),
+    ("parts of one character", ["\u00bc, \u00be, \u2153, \u2154", "1/4, 3/4, 1/3, 2/3"]),
+    ("signs of one character", ["x \u2265 3\u00b7\u03c0", r"x\ge 3\pi"]),
+    ("sets and dots of one character", ["x\u2208A\u2229B\u2026\u00b12", r"x \in A \cap B \ldots\pm 2"]),
+    ("a dash for a minus", ["\u20133", "-3"]),
+    ("narrow blanks", ["12\u00a0500\u2009000", "12500000"]),
     ("raised digits", ["10\u207b\u00b3", "0.001"]),
     ("wide characters", ["\uff11\uff19", "19"]),
     ("a factorial", ["7!", "5040"]),
@@ -83,7 +88,7 @@ EQUAL = [
     ("a plus before infinity", [r"[2,+\infty)", r"[2,\infty)", "[2, \u221e)"]),
     ("brackets of a size", [r"\bigl(1,2\bigr]", "(1,2]"]),
     ("unions", [r"[0,1] \cup [2,3]", "[0,1]\u222a[2,3]"]),
-    ("nothing", [r"\varnothing", r"\emptyset", "\u2205"]),
+    ("nothing", [r"\varnothing", r"\emptyset", "\u2205", r"\{ \}"]),
     ("numbers of all kinds", [r"\mathbb R", "\u211d"]),
     ("a list in another order", ["1, 3", "3, 1", "3 and 1", "$1$ and $3$", r"\(1\), \(3\)"]),
     ("a set in another order", [r"\{1,2\}", r"\{2, 1.0\}"]),
@@ -96,10 +101,10 @@ EQUAL = [
     ("units of two letters stick to the number", ["5cm", "5 cm", "5"]),
     ("plurals in -es", ["4 inches", "4 inch", "4"]),
     ("square and per", ["20 square feet", "20"]),
-    ("an option with its text", ["B", "(B) 14", "B."]),
-    ("an option with its text, dressed", [r"\textbf{(B)}\ 14", "B. 14", "B) 14", "B"]),
+    ("an option with its text", ["B", "(B) 14", "B.", "B)"]),
+    ("an option with its text, dressed", [r"\textbf{(B)}\ 14", "B. 14", "B) 14", "B: 14", "B"]),
     ("words in capitals", ["Yes", "yes", "YES", r"\text{Yes}"]),
-    ("fences of Markdown", ["**19**", "`19`", "19"]),
+    ("fences of Markdown", ["**19**", "`19`", "19", "{19}"]),
     ("matrices in other brackets", [
         r"\begin{pmatrix}0.5&1\\2&3\end{pmatrix}", r"\begin{bmatrix}\frac12 & 1\\ 2 & 3\end{bmatrix}"]),
     ("less or equal", ["x<=3", r"x\leqslant 3", r"x \le 3"]),
@@ -107,7 +112,7 @@ EQUAL = [
 # Words that change the number in front of them.
 COUNTING = """thirds quarters sevenths twentieths hundredths half lakh crore dozen score gross pairs
     grand hundred Million fold squared cubed factorial repeating binary plus below negative theta
-    more pi mod per""".split()
+    more pi mod per xyz""".split()
 # (what it guards, an answer, another)
 UNEQUAL = [
     *[(f"5 {word}", f"5 {word}", "5") for word in COUNTING],
@@ -135,6 +140,8 @@ UNEQUAL = [
     ("a rounded seventh", "0.14285714285714", "1/7"),
     ("fourteen digits and a wrong one", "0.142857142857152", "1/7"),
     ("a decimal is exact", "0.500000000000001", "1/2"),
+    ("a decimal and a decimal fraction", "0.500000000000000", "5000000000000001/10000000000000000"),
+    ("a set and a list", r"\{3,1\}", "1, 3"),
     ("a time", "11:30", "11.30"),
     ("a ratio", "3:4", "3/4"),
     ("either", "5 or 6", "5, 6"),

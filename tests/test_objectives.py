@@ -90,6 +90,9 @@ def test_an_exact_question_ends_in_an_open_thought_(objective, questions, tokeni
     assert (question.truth, question.position) == (truth, 3)
     longest = max(len(asked.question(i).prompt) for i in asked.positions)
     assert asked.longest_prompt() == longest
+    group = group_of(tokenizer, Question([], "2, 5", [], 0), r"</think>\boxed{5} and \fbox{2}", box("5"), "5")
+    asked.score(None, [group])
+    assert (group.predictions, group.rewards) == ([b"5, 2", b"5", None], [1, 0, 0])
 
 
 def test_the_longest_prompt_of_text_is_that_of_the_longest_context(objective):

@@ -13,7 +13,7 @@ SMALL = ["--template", "short", "--max-new-tokens", 8]
 
 def test_accuracy_is_a_mean_over_thoughts_and_pass_at_k_over_questions(base, monkeypatch, tmp_path):
     box = "<think>so</think>\\boxed{{{}}}".format
-    responses = [[box("3"), box("3.0"), box("4")], [box("1"), "thought", "\\boxed{7}"]]
+    responses = [[box("3"), r"<think>so</think>\fbox{3.0}", box("4")], [box("1"), "thought", "\\boxed{7}"]]
 
     def scripted(model, tokenizer, prompts, args, desc):
         return [[SimpleNamespace(tokens=tokenizer.encode(text)) for text in row]
