@@ -139,16 +139,17 @@ LOOSE_BLANK = re.compile(r"(?<![0-9.]) | (?![0-9.])")  # not between two numbers
 DECIMAL = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
 # Words behind a number that say more than of what there are so many.
 NOT_UNITS = r"""
-    zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|[a-z]+teen|once|twice|thrice
-    |(?:twen|thir|for|fif|six|seven|eigh|nine)ty|(?:ten|hundred|thousand|[a-z]*illion)(?:th)?s?
+    (?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|[a-z]+teen)(?:e?s)?
+    |(?:twen|thir|for|fif|six|seven|eigh|nine)t(?:y|ies)
+    |(?:ten|hundred|thousand|[a-z]*illion)(?:th)?s?
     |(?:third|four|fif|six|seven|eigh|nin|eleven|twelf|[a-z]+teen|[a-z]+tie)(?:th)?s?|quarters?
     |hal(?:f|ve)[sd]?|lakhs?|lacs?|crores?|myriads?|dozens?|scores?|gross|grand|pairs?|[a-z]*fold
-    |(?:doub|trip|[a-z]*up)le[sd]?|kilo|mega|giga|tera|deci|centi|milli|micro|nano|mil|thou
-    |per(?:mille|centiles?)?|promille|basis|and|nor|not|plus|minus|negative|times|divided|multiplied
-    |over|under|above|below|more|less|fewer|than|from|off|out|mod|modulo|choose|squared?|cubed?
-    |cubic|roots?|factorial|power|inverse|reciprocal|recurring|repeating|bar|remainder|prime|base
-    |binary|octal|hex|hexadecimal|approximately|approx|about|log|sin|cos|tan|exp|alpha|beta|gamma
-    |delta|epsilon|theta|kappa|lambda|sigma|omega|phi|rho|tau|eta|iota"""
+    |(?:doub|trip|[a-z]*up)le[sd]?|once|twice|thrice|kilo|mega|giga|tera|deci|centi|milli|micro|nano
+    |mil|thou|per(?:mille|centiles?)?|promille|basis|and|nor|not|plus|minus|negative|times|divided
+    |multiplied|over|under|above|below|more|less|fewer|than|from|off|out|mod|modulo|choose|squared?
+    |cubed?|cubic|roots?|factorial|power|inverse|reciprocal|recurring|repeating|bar|remainder|prime
+    |base|binary|octal|hex|hexadecimal|approximately|approx|about|log|sin|cos|tan|exp|alpha|beta
+    |gamma|delta|epsilon|theta|kappa|lambda|sigma|omega|phi|rho|tau|eta|iota"""
 SHORT = "[cdkmn]?m|[km]?g|[cdm][lL]|[hs]|ms|k?Hz|k?Pa|k[JNWV]|ft|in|yd|mi|lbs?|oz|hrs?|yrs?|[km]ph"
 WORD = rf"(?:(?:{SHORT})(?![A-Za-z])|(?!(?i:{NOT_UNITS})\b)(?=[a-z]*[aeiou])[A-Za-z][a-z]{{2,}})"
 UNIT = rf"(?:(?:square|cubic)\ )?{WORD}(?:\^\{{[23]\}})?"

@@ -112,7 +112,7 @@ EQUAL = [
 # Words that change the number in front of them.
 COUNTING = """thirds quarters sevenths twentieths hundredths half lakh crore dozen score gross pairs
     grand hundred Million fold squared cubed factorial repeating binary plus below negative theta
-    more pi mod per xyz""".split()
+    more pi mod per xyz sevens twenties""".split()
 # (what it guards, an answer, another)
 UNEQUAL = [
     *[(f"5 {word}", f"5 {word}", "5") for word in COUNTING],
