@@ -397,30 +397,31 @@ def convert(source, out, dtype):
     paths = weight_files(source)
     if os.path.exists(out):
         raise ValueError(f"{out} is there already: choose another folder, or remove it")
-    partial = Path(f"{out}.partial")
+    partial = Path(f"{Path(out)}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         copy_files(Path(source), partial)
         config = read_json(config_path(source))
         write_json(partial / "config.json", with_dtype(config, dtype))
-        total = 0
-        for path in paths:
-            tensors = {name: part[:] for name, part in read_tensors(path)}
-            for name, tensor in tensors.items():
-                # Rounds to the nearest, ties to even.
-                tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-                total += tensors[name].nbytes
-            save_tensors(tensors, f"{partial}/{os.path.basename(path)}")
-            del tensors
-        if len(paths) > 1:
+        total = sum(convert_file(path, partial / Path(path).name, dtype) for path in paths)
+        if not (partial / "model.safetensors").exists():
             name = "model.safetensors.index.json"
             index = read_json(f"{source}/{name}")
-            index["metadata"] = index.get("metadata", {}) | dict(total_size=total)
-            write_json(partial / name, index)
+            write_json(partial / name, index | dict(metadata=dict(total_size=total)))
         os.rename(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return total
+
+
+def convert_file(source, out, dtype):
+    """Write a safetensors file with floats of this dtype, the nearest or the even one -> bytes."""
+    tensors = {}
+    for name, part in read_tensors(source):
+        tensor = part[:]
+        tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    save_tensors(tensors, out)
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def copy_files(source, out):
