@@ -15,8 +15,9 @@ LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=0.3, high_freq_fac
 YARN = dict(rope_type="yarn", factor=4.0)
 SCALINGS = [
     dict(rope_type="linear", factor=2.5), LLAMA3, LLAMA3 | dict(factor=32, low_freq_factor=0.05, high_freq_factor=1.5), YARN,
-    YARN | {ORIGINAL: 32}, YARN | {ORIGINAL: 32, "truncate": False},
-    YARN | {ORIGINAL: 32, "beta_fast": 4, "beta_slow": 0.5}, YARN | {ORIGINAL: 32, "attention_factor": 1.7},
+    YARN | {ORIGINAL: 32}, YARN | {ORIGINAL: 32, "beta_slow": 0.1, "truncate": False},
+    YARN | {ORIGINAL: 32, "beta_fast": 0.5, "beta_slow": 0.05}, YARN | {ORIGINAL: 32, "beta_slow": 6},
+    YARN | {ORIGINAL: 32, "attention_factor": 1.7},
     YARN | {ORIGINAL: 32, "mscale": 2.0, "mscale_all_dim": 0.5}, YARN | {ORIGINAL: 32, "mscale": 2.0},
     YARN | {ORIGINAL: 32, "factor": None}, YARN | {ORIGINAL: 32, "factor": 0.5, "finetuned": True}]
 TOKENS = torch.arange(256).view(2, 128) * 37 % 96
