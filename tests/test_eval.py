@@ -322,9 +322,10 @@ def test_documents_that_all_agree_leave_as_much_doubt_as_so_many_trials(document
     values = np.tile([1.0] * right + [0.0] * (5 - right), documents)
     found = interval(values, np.repeat(np.arange(documents), 5), seed=0)
     assert found == pytest.approx(wilson(right / 5, documents), abs=1e-9)
-    # Means over several thoughts round.
-    found = interval(values / 3, np.repeat(np.arange(documents), 5), seed=0)
-    assert found == pytest.approx(wilson(right / 15, documents), abs=1e-9)
+    # Sums of means over several thoughts round.
+    sizes = np.arange(1, documents + 1)
+    found = interval(np.full(sizes.sum(), right / 10), np.repeat(sizes, sizes), seed=0)
+    assert found == pytest.approx(wilson(right / 10, documents), abs=1e-9)
 
 
 def test_of_a_few_documents_the_interval_holds_the_truth_too():
