@@ -11,13 +11,14 @@ from types import SimpleNamespace
 import pytest
 
 import demo
+from plumbing import files
 from tiny import ENVIRONMENT, ROOT, write_lines
 
 
 @pytest.fixture(autouse=True)
 def handlers():
     """run_stages installs its own."""
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
     yield
     for number, handler in usual.items():
         signal.signal(number, handler)
@@ -66,11 +67,30 @@ def test_after_ctrl_c_the_stage_is_not_done_although_its_command_has_saved_and_e
     # The first listens to the SIGTERM that is passed on, the second only to the second Ctrl-C.
     "signal.signal(signal.SIGTERM, lambda *_: exit(0)); os.kill(os.getppid(), signal.SIGTERM)",
     "signal.signal(signal.SIGTERM, signal.SIG_IGN); os.kill(os.getppid(), signal.SIGINT); time.sleep(1); "
-    "os.kill(os.getppid(), signal.SIGINT)"])
+    "os.kill(os.getppid(), signal.SIGINT)",
+    # A command that has lost its terminal is told so; a scheduler's warning is a SIGTERM to it.
+    "signal.signal(signal.SIGHUP, lambda *_: exit(0)); os.kill(os.getppid(), signal.SIGHUP)",
+    "signal.signal(signal.SIGTERM, lambda *_: exit(0)); os.kill(os.getppid(), signal.SIGUSR1)"])
 def test_a_signal_is_passed_on_and_a_second_ctrl_c_ends_what_does_not_listen(tmp_path, capfd, command):
     with pytest.raises(SystemExit) as end:
         run(tmp_path, f"import os, signal, time; {command}; time.sleep(60); exit(9)", "pass")
     assert end.value.code == 130 and done(tmp_path) == []
+
+
+def test_a_ctrl_c_that_comes_twice_at_once_lets_the_command_save(tmp_path):
+    with pytest.raises(SystemExit):
+        run(tmp_path, "import os, signal, time; signal.signal(signal.SIGTERM, lambda *_: None); "
+            "os.kill(os.getppid(), signal.SIGINT); time.sleep(0.05); os.kill(os.getppid(), signal.SIGINT); "
+            f"time.sleep(0.3); open('{tmp_path}/saved', 'w')")
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_second_demo_in_a_folder_is_refused(tmp_path):
+    with files.lock(tmp_path / "run"):
+        done = subprocess.run([sys.executable, "demo.py", "--out-dir", tmp_path / "run"], cwd=ROOT, env=ENVIRONMENT,
+                              capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "run is in use by" in done.stderr
+    assert os.listdir(tmp_path / "run") == ["lock"]
 
 
 def test_ctrl_c_between_two_stages_is_not_lost(tmp_path, monkeypatch):

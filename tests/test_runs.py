@@ -5,6 +5,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from plumbing import batch, log
 from plumbing.checkpoint import load_trainer, save_checkpoint
+from data import positions
 from data.positions import find_scores, load_positions
 from data.tokenizer import Tokenizer
 from model import GPT
@@ -155,7 +157,8 @@ def test_kill_9_at_random_moments_gives_the_same_bits(corpus, base, tmp_path):
     assert in_saves >= kills // 2 and all(ours == theirs for ours, theirs in zip(killed, whole))
 
 
-def test_ctrl_c_ends_the_step_saves_and_a_resumed_run_is_the_same(whole, corpus, base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_ends_the_step_saves_and_a_resumed_run_is_the_same(whole, corpus, base, tmp_path, monkeypatch, number):
     script, undisturbed = whole
     line, run = command(script, corpus, base, tmp_path / "run"), tmp_path / "run"
     append = log.append
@@ -163,7 +166,7 @@ def test_ctrl_c_ends_the_step_saves_and_a_resumed_run_is_the_same(whole, corpus,
     def press(path, records):  # in step 1, too late for it: step 2 is the last one
         append(path, records)
         if path.endswith("metrics.jsonl") and records[0]["step"] == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(log, "append", press)
     code, out, err = run_here(*line)
@@ -246,11 +249,11 @@ def test_flops_are_2_a_parameter_and_read_token_and_6_a_trained_one_prompts_once
     run = tmp_path / "run"
     flags = dict(steps=2, save_every=2, dynamic_sampling_from=-1, objective="dense")
     assert run_here(*command("train_rpt.py", corpus, base, run, **flags))[0] == 0
-    positions = load_positions(corpus, find_scores(corpus, base), 0.5, "train")
-    order = np.random.default_rng((5, 0)).permutation(len(positions))
+    rows = load_positions(corpus, find_scores(corpus, base), 0.5, "train")
+    order = np.random.default_rng((5, 0)).permutation(len(rows))
     parameters = sum(weight.numel() for weight in load_file(f"{base}/model.safetensors").values())
     for step, line in enumerate(lines(run)):
-        contexts = sum(int(t - start) for t, start, _ in positions[order[5 * step:5 * step + 5]])
+        contexts = sum(int(t - start) for t, start, _ in rows[order[5 * step:5 * step + 5]])
         prompts, tokens = contexts + 5, round(line["len_mean"] * 5 * 4)  # each ends in <think>
         assert line["tokens"] == tokens and line["trained_tokens"] >= prompts + tokens
         assert line["flops"] == parameters * (
@@ -327,3 +330,30 @@ def test_weights_that_are_nan_stop_before_the_update(corpus, base, tmp_path, scr
     code, _, err = run_here(*command(script, corpus, tmp_path / "nan", tmp_path / "run"))
     assert code == 2 and err.count("\n") == 1 and "nan" in err.lower()
     assert not (tmp_path / "run" / "latest").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_another_number_of_documents_after_a_resume_skips_and_repeats_none(corpus, base, tmp_path, monkeypatch):
+    taken, shuffled = [], positions.shuffled
+
+    def spy(n, start, count, seed):
+        taken.append((start, count))
+        return shuffled(n, start, count, seed)
+
+    monkeypatch.setattr(positions, "shuffled", spy)
+    line = command("train_ntp.py", corpus, base, tmp_path / "run")  # 5 documents and 6 strings a step
+    assert run_here(*line, "--steps", 3)[0] == 0
+    assert run_here(*line, "--resume", "--documents-per-step", 2, "--strings-per-step", 7)[0] == 0
+    documents, strings = taken[::2], taken[1::2]
+    assert documents == [(0, 5), (5, 5), (10, 5), (15, 2), (17, 2), (19, 2)]
+    assert strings == [(0, 6), (6, 6), (12, 6), (18, 7), (25, 7), (32, 7)]
+    state = json.loads((tmp_path / "run" / "step_000006" / "trainer.json").read_text())
+    assert state == dict(step=6, cursor=dict(documents=21, strings=39))
+
+
+def test_a_checkpoint_without_a_cursor_resumes_as_before(corpus, base, tmp_path):
+    lines = [command("train_ntp.py", corpus, base, tmp_path / name) for name in ("with", "without")]
+    assert run_here(*lines[0], "--steps", 3)[0] == 0
+    shutil.copytree(tmp_path / "with", tmp_path / "without")
+    (tmp_path / "without" / "step_000003" / "trainer.json").write_text('{"step": 3}')
+    assert [run_here(*line, "--resume")[0] for line in lines] == [0, 0]
+    assert contents(tmp_path / "with") == contents(tmp_path / "without")

@@ -282,6 +282,48 @@ def test_a_damaged_optimizer_is_one_line_on_resume(corpus, base, tmp_path, damag
     assert ("damaged or incomplete" in err) == (damage == "cut")
 
 
+MOMENTS = """
+import sys, torch
+from plumbing import moments, parallel
+from plumbing.optimizer import make_optimizer
+from tiny import tiny_model
+parallel.start("cpu")
+new, per_copy, *olds = sys.argv[1:]
+for bf16 in (False, True):
+    model = tiny_model(65)
+    parallel.shard(model, ranks_per_copy=int(per_copy))
+    optimizer = make_optimizer(model, 1e-2, (0.9, 0.999), bf16_moments=bf16)
+    named = moments.moments(model, optimizer)
+    def values(number, tensor):  # of the whole tensor, the same on every number of ranks
+        return torch.arange(tensor.numel()).view(tensor.shape).mul(0.01).add(number).to(tensor.dtype)[
+            parallel.local_slice(tensor)]
+    for old in olds:
+        for tensor in named.values():
+            parallel.local(tensor).zero_()
+        moments.load_moments(f"{old}-{bf16}", model, optimizer)
+        for number, tensor in enumerate(named.values()):
+            assert torch.equal(parallel.local(tensor), values(number, tensor)), (old, number)
+    for number, tensor in enumerate(named.values()):
+        parallel.local(tensor).copy_(values(number, tensor))
+    parallel.together(moments.save_moments, f"{new}-{bf16}", model, optimizer)
+parallel.print0("read", len(olds))
+"""
+
+
+@pytest.mark.slow
+def test_moments_move_between_1_2_and_4_ranks_and_copies(tmp_path):
+    """On real process groups: 65 rows on 2 and 4 ranks, fp32 and bf16, counts of steps."""
+    (tmp_path / "moments.py").write_text(MOMENTS)
+    olds = []
+    with patch.dict(ENVIRONMENT, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"):
+        for turn, (ranks, per_copy) in enumerate([(4, 2), (1, 0), (2, 0), (4, 0), (1, 0)]):
+            new = f"{tmp_path}/{turn}"
+            process = launch(ranks, [str(tmp_path / "moments.py"), new, str(per_copy), *olds])
+            out, err = process.communicate(timeout=120)
+            assert process.returncode == 0 and f"read {len(olds)}" in out, err
+            olds.append(new)
+
+
 COPIES = """
 import hashlib, torch
 from plumbing import parallel
