@@ -244,7 +244,7 @@ def test_logits_that_are_not_finite_are_one_line_and_leave_nothing_that_looks_li
     assert code == 2 and err.count("\n") == 1 and f"{bad}: logits are not finite" in err, err
     written = {path.name for path in {*tmp_path.rglob("*")} - {*before}}
     # A run has opened its folder by then, but holds no step.
-    assert written - {"run", "args.json"} == set()
+    assert written - {"run", "args.json", "lock"} == set()
 
 
 # ---- hours of evaluation -----------------------------------------------------------------------------------
