@@ -5,7 +5,20 @@ tokenizer would cut the text in another way. v0 to v6 have the structures of the
 in words of our own, its doubled backslash in v1 and v2 and its escaped newline in v4 included. The
 paper trains with v0, and reports that fences and a list of candidates (v6) start best. "short" is
 the context and <think>, for a model trained on strings by train_ntp.py.
+
+Around them stand the turns of the checkpoint's own chat template, default system turn included,
+rendered as transformers does it, but without a clock: Llama 3.2 then writes the date that stands in
+its template, 26 Jul 2024, and a prompt is the same every day. A thought that the template opens
+(R1) is not opened again. A prompt without such turns begins with the tokenizer's BOS.
 """
+import sys
+from functools import lru_cache
+from typing import NamedTuple
+
+from jinja2 import TemplateError, ext, nodes, sandbox  # comes with torch
+
+from plumbing import parallel
+
 FIND = "Think step by step to find the most probable next token, then give it as your final "
 TASK = "Continue the text under ### Context by predicting its next token. "
 ANSWER = TASK + FIND + r"answer in \boxed{}."
@@ -35,7 +48,8 @@ TEMPLATES = {
 QUESTION_TEMPLATES = ("chat", "short")
 SOLVE = "\n\nReason step by step and put the final answer in \\boxed{}."
 
-# Special token that shows which chat format a tokenizer follows: (user's turn, assistant's turn).
+# Turns of a tokenizer without a chat template, by a special token that it has: (user's turn,
+# assistant's turn).
 CHAT = {
     "<｜User｜>": ("<｜begin▁of▁sentence｜><｜User｜>", "<｜Assistant｜>"),  # R1-Distill
     "<|start_header_id|>": (  # Llama 3
@@ -43,6 +57,7 @@ CHAT = {
         "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
     "<|im_start|>": ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),  # Qwen, SmolLM2
 }
+CONTENT = "\0"  # stands for the content while a chat template is rendered; no text holds it
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
 
 
@@ -58,12 +73,78 @@ def encode_turns(tokenizer, before, after):
 
     A template that opens the thought itself is taken as it stands, without turns.
     """
-    if "<think>" not in after:
-        formats = [turns for token, turns in CHAT.items() if token in tokenizer.special]
-        user, assistant = formats[0] if formats else ("", "\n\n")
-        before = user + before
-        after += assistant + "<think>\n"
-    return tokenizer.encode(before, special=True), tokenizer.encode(after, special=True)
+    turns = Turns("", "") if "<think>" in after else chat_turns(tokenizer)
+    before, after = turns.user + before, after + turns.assistant
+    if not after.endswith(("<think>", "<think>\n")):
+        after += "<think>\n"
+    before = tokenizer.encode(before, special=True)
+    if not turns.are_own and before[:len(tokenizer.bos)] != tokenizer.bos:
+        before = tokenizer.bos + before
+    return before, tokenizer.encode(after, special=True)
+
+
+class Turns(NamedTuple):
+    user: str               # text before what a user says
+    assistant: str          # text after it
+    are_own: bool = False   # from the checkpoint's chat template?
+    strip: bool = False     # does the template drop white space around what a user says?
+
+
+@lru_cache  # so that a template is rendered once, and its fault named once
+def chat_turns(tokenizer):
+    """-> the Turns of this tokenizer's checkpoint."""
+    found = [turns for token, turns in CHAT.items() if token in tokenizer.special]
+    usual = Turns(*found[0]) if found else Turns("", "\n\n")
+    template = tokenizer.config.get("chat_template")
+    if isinstance(template, list):  # several, each with a name
+        template = {one["name"]: one["template"] for one in template}.get("default")
+    if not template:
+        return usual
+    try:
+        text = render(template, tokenizer.config, f" {CONTENT} ")
+        if text.count(CONTENT) != 1:
+            raise ValueError("it does not write once what a user says")
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TemplateError, TypeError,
+            ValueError) as error:
+        if parallel.RANK == 0:
+            reason = " ".join(str(error).split())
+            print(f"this checkpoint's chat template cannot be followed ({reason}); prompts have "
+                  f"the turns {usual.user!r} and {usual.assistant!r} instead", file=sys.stderr)
+        return usual
+    user, assistant = text.split(CONTENT)
+    if user.endswith(" ") and assistant.startswith(" "):
+        return Turns(user[:-1], assistant[1:], are_own=True)
+    return Turns(user, assistant, are_own=True, strip=True)
+
+
+class Generation(ext.Extension):
+    """{% generation %} marks what an assistant says; here it does nothing."""
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+def render(template, config, content):
+    """A chat template -> the text of a user's turn with this content, and how the answer begins.
+
+    A template is a program of a stranger, so it runs in a sandbox, as in transformers.
+    """
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
+    environment.globals["raise_exception"] = refuse
+    names = {name: token["content"] if isinstance(token, dict) else token
+             for name, token in config.items()
+             if name.endswith("_token") and isinstance(token, str | dict)}
+    return environment.from_string(template).render(
+        names, messages=[dict(role="user", content=content)], tools=None, documents=None,
+        add_generation_prompt=True, enable_thinking=True)
+
+
+def refuse(message):
+    raise TemplateError(message)
 
 
 def build_prompt(context, before, after, longest):
@@ -80,6 +161,13 @@ def build_prompt(context, before, after, longest):
 def question_prompt(tokenizer, text, template="chat"):
     """A question in words -> prompt ids that end with an open thought; template: chat or short."""
     before, after = encode_turns(tokenizer, "", "<think>" if template == "short" else "")
+    if template == "chat" and chat_turns(tokenizer).strip:
+        text = text.strip()
+    # "user\n" and a question may share a token, a special token and a question do not.
+    special, tail = {*tokenizer.special.values()}, []
+    while before and before[-1] not in special:
+        tail.insert(0, before.pop())
+    text = tokenizer.decode_bytes(tail).decode() + text
     return before + tokenizer.encode(text) + after
 
 
@@ -95,6 +183,8 @@ def check_question_template(template):
 
 
 def stop_ids(tokenizer):
-    """Ids that end a rollout: the end of the text or of the chat turn."""
+    """Ids that end a rollout: the end of the text or of the chat turn, and what the model names."""
     ends = {tokenizer.special[text] for text in TURN_ENDS if text in tokenizer.special}
-    return sorted(ends | {tokenizer.eos_id})
+    if tokenizer.eos or not tokenizer.stops:  # without any, eos_id complains
+        ends.add(tokenizer.eos_id)
+    return sorted(ends | tokenizer.stops)

@@ -6,8 +6,13 @@
 
 All three run on tiktoken. A tokenizer.json is converted only if the result is exact; else a
 ValueError names the field that prevents it. One difference stays: NFC is Python's, and Hugging
-Face's older Unicode tables order a hundred marks of recent scripts differently. Not done here: chat
-templates, truncation, padding, and the BOS that some post-processors put in front.
+Face's older Unicode tables order a hundred marks of recent scripts differently.
+
+encode() gives the ids of the text alone. Where the post_processor of tokenizer.json puts a BOS in
+front (Llama-3, R1), as in transformers whatever tokenizer_config.json says, it is in `bos`, and
+goes in front of documents and prompts; a window that lost its beginning has it again. Not done
+here: truncation, padding, and the EOS that some post-processors put behind a text, because a
+prompt goes on and train_ntp.py ends a document itself. Chat templates: data/prompt.py.
 """
 import hashlib
 import json
@@ -16,13 +21,14 @@ import re
 import unicodedata
 from collections import Counter
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import regex  # comes with tiktoken; unlike `re` it knows \p{L}
 import tiktoken
 
 from data.sums import tokenizer_corpus
-from plumbing.files import newest_hint
+from plumbing.files import newest_hint, read_json
 
 # How text is cut into pieces; no token crosses a cut.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -45,12 +51,20 @@ OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 BYTE_TO_CHAR = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
 CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
+# Characters. tiktoken's engine runs out of stack in a piece of a million, white space above all.
+LONG = 1 << 16
+
 
 class Tokenizer:
-    def __init__(self, ranks, special, pattern, nfc=False, eos=None, files=None):
+    def __init__(self, ranks, special, pattern, nfc=False, bos=(), eos=None, config=None,
+                 files=None, stops=(), rows=math.inf):
         """ranks: {token bytes: id}, the lowest merges first; special: {text: id}."""
         self.ranks, self.special = ranks, special
         self.pattern, self.nfc = pattern, nfc
+        self.bos = list(bos)         # ids in front of every text, mostly one or none
+        self.config = config or {}   # tokenizer_config.json, with the chat template
+        self.stops = set(stops)      # ids that end a text for the model in the same folder
+        self.rows = rows             # of that model's embedding
         self.eos = eos or next((text for text in KNOWN_EOS if text in special), None)
         self.files = files  # {name: bytes}
         self.vocab_size = 1 + max([*ranks.values(), *special.values()])
@@ -60,22 +74,33 @@ class Tokenizer:
         self._special_texts = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         # tiktoken needs all 256 bytes; encode() refuses those that the vocabulary lacks.
         lacking = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
+        # Hugging Face makes a piece of what the pattern leaves over; tiktoken would drop it.
+        self._pieces = rf"(?:{pattern})|(?:(?!{pattern})[\s\S])+"
         self._encoding = tiktoken.Encoding(
             "nanorpt",
-            # Hugging Face makes a piece of what the pattern leaves over; tiktoken would drop it.
-            pat_str=rf"(?:{pattern})|(?:(?!{pattern})[\s\S])+",
+            pat_str=self._pieces,
             mergeable_ranks=ranks | {byte: self.vocab_size + i for i, byte in enumerate(lacking)},
             special_tokens={})  # encode() places them itself
 
     @classmethod
-    def load(cls, name_or_folder):
+    def load(cls, name_or_folder, for_model=False):
+        """for_model: refuse a checkpoint whose embedding lacks ids of the tokenizer."""
         name, folder = str(name_or_folder), Path(name_or_folder)
         if name == "embedded":
             ranks = train_bpe(tokenizer_corpus(), vocab_size=512)
             special = {text: len(ranks) + i for i, text in enumerate(EMBEDDED_SPECIAL)}
             return cls(ranks, special, EMBEDDED_PATTERN)
         if folder.is_dir():
-            return cls(**read_folder(folder))
+            tokenizer = cls(**read_folder(folder))
+            last = tokenizer.vocab_size - 1
+            if for_model and last >= tokenizer.rows:
+                text = tokenizer.decode_bytes([last]).decode("utf-8", "replace")
+                raise ValueError(
+                    f"{folder}: the tokenizer has ids up to {last} ({text!r}), config.json says "
+                    f"vocab_size {tokenizer.rows}: a token was added and the embedding not "
+                    "resized; resize it (resize_token_embeddings in transformers) or bring the "
+                    "tokenizer that the model was trained with")
+            return tokenizer
         if name not in tiktoken.list_encoding_names():
             known = ", ".join(["embedded", *tiktoken.list_encoding_names()])
             raise ValueError(f"tokenizer '{name}': no such folder, and not one of {known}; what "
@@ -99,8 +124,8 @@ class Tokenizer:
             if i % 2:  # the odd parts are special tokens
                 ids.append(self.special[part])
             else:
-                part = unicodedata.normalize("NFC", part) if self.nfc else part
-                ids += self._encoding.encode_ordinary(part)
+                part = to_nfc(part) if self.nfc else part
+                ids += self._encode_plain(part)
         if max(ids, default=0) >= self.vocab_size:
             i = next(i for i, id in enumerate(ids) if id >= self.vocab_size)
             byte = self._encoding.decode_single_token_bytes(ids[i])
@@ -108,6 +133,24 @@ class Tokenizer:
             raise ValueError(f"byte 0x{byte.hex()} at offset {offset} of the text: the tokenizer "
                              "lacks it")
         return ids
+
+    def _encode_plain(self, text):
+        """Text without special tokens -> ids. One with a very long piece is cut by another engine.
+
+        A piece of 2 x LONG covers a block of LONG, in which it is white space or one piece.
+        """
+        blocks = range(0, len(text) - LONG + 1, LONG)
+        if not any(text[i:i + LONG].isspace()
+                   or regex.match(self._pieces, text, pos=i, endpos=i + LONG).end() == i + LONG
+                   for i in blocks):
+            return self._encoding.encode_ordinary(text)
+        for char in set(text):
+            if unicodedata.category(char) == "Cn":
+                raise ValueError(f"the character U+{ord(char):04X}, which is not in Unicode "
+                                 f"{unicodedata.unidata_version}, beside a run of more than {LONG} "
+                                 "characters: there is no exact way to cut such a text")
+        pieces = regex.finditer(self._pieces, text)
+        return [id for piece in pieces for id in self._encoding._encode_single_piece(piece[0])]
 
     def token_bytes(self, id):
         """Raw bytes, never str: a token may be half of a UTF-8 character."""
@@ -131,7 +174,8 @@ class Tokenizer:
     def fingerprint(self):
         """Equal fingerprints mean equal ids for every text; a corpus keeps its tokenizer's."""
         ranks = sorted((id, token.hex()) for token, id in self.ranks.items())
-        canonical = json.dumps([self.pattern, self.nfc, ranks, sorted(self.special.items())])
+        bos = [self.bos] if self.bos else []  # without one, as in corpora of earlier versions
+        canonical = json.dumps([self.pattern, self.nfc, ranks, sorted(self.special.items()), *bos])
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def save(self, folder):
@@ -139,6 +183,19 @@ class Tokenizer:
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in (self.files or hugging_face_files(self)).items():
             (Path(folder) / name).write_bytes(content)
+
+
+def to_nfc(text):
+    """NFC in linear time: Python needs minutes to order 500,000 marks on one letter."""
+    if len(text) >= LONG:
+        text = regex.sub(r"\p{M}{1000,}+", in_order, text)
+    return unicodedata.normalize("NFC", text)
+
+
+def in_order(marks):
+    """A match of combining marks -> each run of those with a class above 0 sorted by class."""
+    runs = groupby(marks[0], key=lambda mark: unicodedata.combining(mark) > 0)
+    return "".join(mark for _, run in runs for mark in sorted(run, key=unicodedata.combining))
 
 
 def read_folder(folder):
@@ -150,6 +207,8 @@ def read_folder(folder):
     try:
         source = json.loads(files["tokenizer.json"])
         config = json.loads(files.get("tokenizer_config.json", "{}"))
+        if "chat_template.jinja" in files:
+            config["chat_template"] = files["chat_template.jinja"].decode()
     except ValueError as error:
         raise ValueError(f"{folder}: tokenizer.json or tokenizer_config.json is not JSON: "
                          f"{error}") from None
@@ -162,11 +221,25 @@ def read_folder(folder):
     if eos and eos not in arguments["special"]:
         raise ValueError(f"{folder / 'tokenizer_config.json'}: eos_token: {eos!r} is not among "
                          "tokenizer.json's added_tokens")
-    return arguments | dict(eos=eos, files=files)
+    return arguments | dict(eos=eos, config=config, files=files) | read_model(folder)
+
+
+def read_model(folder):
+    """-> what config.json and generation_config.json of this folder say, if they are there."""
+    names = ("config.json", "generation_config.json")
+    configs = [read_json(folder / name) for name in names if (folder / name).exists()]
+    sizes = [config["vocab_size"] for config in configs if type(config.get("vocab_size")) is int]
+    rows, stops = min(sizes, default=math.inf), set()
+    for config in configs:
+        named = config.get("eos_token_id")  # one, or a list
+        named = named if isinstance(named, list) else [named]
+        # What is no row cannot be drawn, so it ends nothing.
+        stops |= {id for id in named if type(id) is int and 0 <= id < rows}
+    return dict(stops=stops, rows=rows)
 
 
 def convert(source):
-    """A tokenizer.json -> ranks, special, pattern, nfc; ValueError with the field if not exact."""
+    """A tokenizer.json -> arguments of Tokenizer; ValueError with the field if not exact."""
     model, normalizer = source["model"], source.get("normalizer")
     if model.get("type") != "BPE":
         raise ValueError("model.type: only BPE is supported")
@@ -178,7 +251,8 @@ def convert(source):
     pattern = read_pattern(source.get("pre_tokenizer") or {})
     special = read_added_tokens(source.get("added_tokens", []), model["vocab"])
     ranks = read_ranks(model, special)
-    return dict(ranks=ranks, special=special, pattern=pattern, nfc=bool(normalizer))
+    bos = read_bos(source.get("post_processor"))
+    return dict(ranks=ranks, special=special, pattern=pattern, nfc=bool(normalizer), bos=bos)
 
 
 def read_pattern(pre_tokenizer):
@@ -199,6 +273,23 @@ def read_pattern(pre_tokenizer):
     raise ValueError(
         "pre_tokenizer: only ByteLevel without prefix space is supported: alone, after Digits "
         "(individual), or with use_regex false after Split (Regex, Isolated)")
+
+
+def read_bos(post_processor):
+    """-> the ids that this step puts in front of a text."""
+    kind = post_processor["type"] if post_processor else "ByteLevel"
+    if kind == "ByteLevel":  # is about offsets
+        return []
+    if kind == "Sequence":   # the last step is the outermost
+        return [id for step in reversed(post_processor["processors"]) for id in read_bos(step)]
+    pieces = post_processor["single"] if kind == "TemplateProcessing" else []
+    texts = [i for i, piece in enumerate(pieces) if "Sequence" in piece]
+    if len(texts) != 1:
+        raise ValueError("post_processor: only ByteLevel, TemplateProcessing with the text once, "
+                         "and a Sequence of these are supported")
+    special = post_processor["special_tokens"]
+    names = [piece["SpecialToken"]["id"] for piece in pieces[:texts[0]]]
+    return [id for name in names for id in special[name]["ids"]]
 
 
 def read_added_tokens(added_tokens, vocab):

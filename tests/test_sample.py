@@ -435,6 +435,17 @@ def test_the_command_line_prints_what_generate_returns(checkpoint):
         assert printed["logprobs"] == pytest.approx(rollout.logprobs, abs=1e-6)
 
 
+def test_a_rollout_ends_at_what_generation_config_names(checkpoint):
+    options = ("--model", checkpoint, "--n", "3", "--prompt", "ab", "--temperature", "5", "--json")
+    with open(f"{checkpoint}/generation_config.json", "w") as file:
+        json.dump(dict(eos_token_id=list(range(256))), file)
+    ran = command_line(*options)
+    assert ran.returncode == 0, ran.stderr
+    for rollout in map(json.loads, ran.stdout.splitlines()):
+        *thought, last = rollout["tokens"]
+        assert rollout["finished"] and set(thought) <= {256, 257} and last not in (256, 257)
+
+
 def test_the_command_line_speaks_once_about_a_wrong_folder(tmp_path):
     ran = command_line("--model", str(tmp_path / "nowhere"), "--prompt", "x")
     assert ran.returncode == 2 and len(ran.stderr.splitlines()) == 1 and b"nowhere" in ran.stderr

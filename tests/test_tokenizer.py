@@ -4,12 +4,14 @@ import random
 import unicodedata
 
 import pytest
+import regex
 import requests
 import tiktoken
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from data import tokenizer
+from data.prompt import stop_ids
 from data.tokenizer import BYTE_TO_CHAR, Tokenizer, train_bpe
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -332,6 +334,161 @@ def test_a_loaded_folder_is_saved_byte_for_byte_after_it_has_moved(sources, tmp_
     assert (again.fingerprint, again.eos_id) == (tokenizer.fingerprint, tokenizer.eos_id)
 
 
+# ---- long runs ----
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_cut_by_the_other_engine_has_the_same_ids(sources, tmp_path, monkeypatch, family):
+    ours, theirs = Tokenizer.load(write(tmp_path, sources[family])), oracle(sources[family])
+    monkeypatch.setattr(tokenizer, "LONG", 1)  # every text has a long run
+    monkeypatch.setattr(tiktoken.Encoding, "encode_ordinary", None)
+    assert assert_same_ids(ours, theirs, [text for text in TEXTS if text]) > 2000
+    # Where runs are long and short, as with a real limit.
+    monkeypatch.undo()
+    monkeypatch.setattr(tokenizer, "LONG", 4)
+    runs = ["".join(RNG.choice(FRAGMENTS) * RNG.randint(1, 12) for _ in range(6)) for _ in range(800)]
+    assert assert_same_ids(ours, theirs, runs) > 200
+
+
+def check_long_run(source, folder, run):
+    text = f"So {run * (1_100_000 // len(run))}x 5"
+    ours, theirs = Tokenizer.load(write(folder, source)), oracle(source)
+    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("family, run", [
+    ("gpt2", " "), ("smollm2", "\u2003"), ("qwen", "\t"), ("llama3", "\n "), ("leftovers", "=!")])
+def test_a_million_characters_of_a_kind_are_encoded(sources, tmp_path, family, run):
+    check_long_run(sources[family], tmp_path, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("run", [" ", "\n", " \n\t", "\r\n", "a", "the", "-", "7", "数", "\u0301"])
+def test_a_million_characters_of_any_kind_are_encoded(sources, tmp_path, family, run):
+    check_long_run(sources[family], tmp_path, run)
+
+
+def test_a_letter_with_very_many_marks_is_normalised_in_linear_time():
+    rng = random.Random(2)
+    for _ in range(300):
+        text = "e" + "".join(rng.choice(MARKS + CHARS[:40]) for _ in range(30))
+        ordered = regex.sub(r"\p{M}{2,}+", tokenizer.in_order, text)
+        assert unicodedata.normalize("NFC", ordered) == unicodedata.normalize("NFC", text)
+    assert tokenizer.to_nfc("e" + "\u0301\u0323" * 500_000) == "\u1eb9" + "\u0323" * 499_999 + "\u0301" * 500_000
+
+
+def test_the_two_engines_agree_about_every_assigned_character():
+    single = {bytes([byte]): byte for byte in range(256)}
+    for kind in (r"\s", r"\p{L}", r"\p{N}", r"\p{M}", r"\p{P}", r"\p{S}"):
+        encoding = tiktoken.Encoding("kind", pat_str=f"{kind}+", mergeable_ranks=single,
+                                     special_tokens={})
+        found = bytes(encoding.encode_ordinary("".join(ASSIGNED))).decode()
+        assert found == "".join(regex.findall(kind, "".join(ASSIGNED))), kind
+
+
+def test_an_unassigned_character_beside_a_long_run_is_refused(sources, tmp_path):
+    gpt2 = Tokenizer.load(write(tmp_path, sources["gpt2"]))
+    assert gpt2.decode_bytes(gpt2.encode("\u0378" + " " * 1000)).decode() == "\u0378" + " " * 1000
+    with pytest.raises(ValueError, match=r"U\+0378, .* no exact way"):
+        gpt2.encode("\u0378" + " " * 200_000)
+
+
+# ---- what the folder says beside the vocabulary ----
+
+TEXT = {"Sequence": dict(id="A", type_id=0)}
+OFFSETS = dict(type="ByteLevel", add_prefix_space=True, trim_offsets=False, use_regex=True)
+
+
+def around(*pieces):
+    """A TemplateProcessing; pieces: TEXT, or the text of a special token."""
+    single = [piece if piece is TEXT else {"SpecialToken": dict(id=piece, type_id=0)}
+              for piece in pieces]
+    ids = {"<|im_end|>": 0, "<|bos|>": 1}
+    special = {text: dict(id=text, ids=[id], tokens=[text]) for text, id in ids.items()}
+    pair = [*single, {"Sequence": dict(id="B", type_id=1)}]
+    return dict(type="TemplateProcessing", single=single, pair=pair, special_tokens=special)
+
+
+def in_turn(*steps):
+    return dict(type="Sequence", processors=list(steps))
+
+
+@pytest.mark.parametrize("post_processor, bos", [
+    (None, []),
+    (OFFSETS, []),
+    (around(TEXT), []),
+    (around("<|bos|>", TEXT), [1]),
+    (around("<|bos|>", TEXT, "<|im_end|>"), [1]),
+    (around(TEXT, "<|im_end|>"), []),
+    (in_turn(OFFSETS, around("<|bos|>", TEXT)), [1]),
+    (in_turn(around("<|bos|>", TEXT), around("<|im_end|>", "<|bos|>", TEXT)), [0, 1, 1]),
+])
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_bos_is_what_transformers_puts_in_front(tmp_path, post_processor, bos, asked):
+    transformers = pytest.importorskip("transformers")
+    source = trained(split(LLAMA3), special=("<|im_end|>", "<|bos|>"))
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<|bos|>",
+                  eos_token="<|im_end|>", **({} if asked is None else dict(add_bos_token=asked)))
+    folder = write(tmp_path, source | dict(post_processor=post_processor), **config)
+    ours = Tokenizer.load(folder)
+    assert ours.bos == bos
+    for text in ("", "Hi", SAMPLES[0]):
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)(text).input_ids
+        # An EOS behind the text is not for texts that go on.
+        behind = len(theirs) - len(ours.bos + ours.encode(text))
+        assert ours.bos + ours.encode(text) + [0] * behind == theirs and behind in (0, 1)
+
+
+@pytest.mark.parametrize("post_processor", [
+    dict(type="RobertaProcessing", sep=["x", 0], cls=["x", 0]),
+    dict(type="BertProcessing", sep=["x", 0], cls=["x", 0]),
+    around("<|bos|>"), around(TEXT, TEXT), in_turn(OFFSETS, around(TEXT, TEXT))])
+def test_other_post_processors_are_refused(sources, tmp_path, post_processor):
+    folder = write(tmp_path, sources["gpt2"] | dict(post_processor=post_processor))
+    with pytest.raises(ValueError, match="tokenizer.json: post_processor: only ByteLevel, "):
+        Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize("config, generation, stops", [
+    ({}, None, []),
+    (dict(eos_token_id=7), None, [7]),
+    (dict(eos_token_id=[7, 9]), dict(eos_token_id=11), [7, 9, 11]),
+    (dict(eos_token_id=None), dict(eos_token_id=[11, 7]), [7, 11]),
+    (dict(eos_token_id=[-1, 899, 900, True, "x"]), {}, [899]),  # of 900 rows
+    (None, dict(eos_token_id=[7]), [7]),
+])
+def test_every_id_that_a_config_names_stops(sources, tmp_path, config, generation, stops):
+    folder = write(tmp_path, sources["qwen"], eos_token="</think>")
+    for name, content in (("config", config), ("generation_config", generation)):
+        if content is not None:
+            (folder / f"{name}.json").write_text(json.dumps(dict(vocab_size=900) | content))
+    ours = Tokenizer.load(folder)
+    known = [ours.special["<|im_end|>"], ours.special["</think>"]]
+    assert stop_ids(ours) == sorted({*known, *stops})
+
+
+def test_a_config_names_the_stop_where_the_tokenizer_has_no_end(tmp_path):
+    folder = write(tmp_path, trained(byte_level(), special=()))
+    with pytest.raises(ValueError, match="no known end of text"):
+        stop_ids(Tokenizer.load(folder))
+    (folder / "generation_config.json").write_text('{"eos_token_id": 5}')
+    assert stop_ids(Tokenizer.load(folder)) == [5]
+
+
+def test_an_embedding_without_rows_for_all_ids_is_refused(sources, tmp_path):
+    folder = write(tmp_path, sources["qwen"])
+    ids = Tokenizer.load(folder, for_model=True).vocab_size  # no model is there
+    (folder / "config.json").write_text(json.dumps(dict(vocab_size=ids)))
+    Tokenizer.load(folder, for_model=True)
+    (folder / "config.json").write_text(json.dumps(dict(vocab_size=ids - 1)))
+    assert Tokenizer.load(folder).vocab_size == ids
+    complaint = f"ids up to {ids - 1} \\('</think>'\\), config.json says vocab_size {ids - 1}: a token"
+    with pytest.raises(ValueError, match=complaint):
+        Tokenizer.load(folder, for_model=True)
+
+
+def with_bos(source): source["post_processor"] = around("<|im_end|>", TEXT)
+def without_bos(source): source["post_processor"] = around(TEXT)
 def no_nfc(source): source["normalizer"] = None
 def without_added(source): del source["added_tokens"][1:]
 def fewer_special(source): source["added_tokens"].pop()
@@ -349,12 +506,16 @@ def without_added_and_rank(source):
 def test_every_difference_changes_the_fingerprint(sources, tmp_path):
     same = Tokenizer.load(write(tmp_path, sources["qwen"])).fingerprint
     fingerprints = {same}
-    changes = [no_nfc, other_pattern, fewer_special, without_added, without_added_and_rank]
+    changes = [no_nfc, other_pattern, fewer_special, without_added, without_added_and_rank,
+               with_bos]
     for change in changes:
         source = json.loads(json.dumps(sources["qwen"]))
         change(source)
         fingerprints.add(Tokenizer.load(write(tmp_path, source)).fingerprint)
     assert len(fingerprints) == 1 + len(changes)
+    source = json.loads(json.dumps(sources["qwen"]))
+    without_bos(source)
+    assert Tokenizer.load(write(tmp_path, source)).fingerprint == same
     # The same ids, another end.
     other_end = Tokenizer.load(write(tmp_path, sources["qwen"], eos_token="</think>"))
     assert other_end.fingerprint == same
