@@ -60,7 +60,7 @@ VOTES = {"majority": "reasoning", "forced-majority": "forced"}  # whose rollouts
 
 def load_model(checkpoint, device):
     """-> model and tokenizer of a checkpoint folder."""
-    tokenizer = Tokenizer.load(checkpoint)
+    tokenizer = Tokenizer.load(checkpoint, for_model=True)
     model = GPT.from_pretrained(checkpoint, flags.compute_dtype(device), device)
     return model.join_weights(), tokenizer
 
@@ -68,12 +68,14 @@ def load_model(checkpoint, device):
 # ---- guessing and thinking ----
 
 @torch.no_grad()
-def ntp_hits(model, corpus, positions, longest):
+def ntp_hits(model, corpus, positions, longest, bos=()):
     """(n, 3) positions -> (n,) 1.0 where the likeliest token after the context is the true one.
 
-    longest: tokens of context at most.
+    longest: tokens of context at most, the tokenizer's BOS in front of it included.
     """
     contexts = [corpus.tokens[max(start, t - longest):t].tolist() for t, start, _ in positions]
+    for context in contexts:
+        context[:len(bos)] = bos
     guesses = []
     with tqdm(total=len(contexts), desc="next token", unit="position", disable=None) as bar:
         for run in cut(contexts, TOKENS_PER_PASS, len):
@@ -161,7 +163,7 @@ def evaluate(checkpoint, corpus, positions, splits, args):
         if mode == "ntp":
             # Guessing sees as much context as reasoning.
             longest = min(model.config.max_positions, args.max_prompt_tokens)
-            hits = ntp_hits(model, corpus, positions, longest)
+            hits = ntp_hits(model, corpus, positions, longest, tokenizer.bos)
         elif sampled not in thoughts:
             groups = think(model, tokenizer, corpus, positions, args, sampled)
             thoughts[sampled] = groups

@@ -503,7 +503,7 @@ if __name__ == "__main__":
     sys.excepthook = flags.speak_once
     args = parse_args()
     truncate = truncation(args.top_k, args.top_p, args.min_p)
-    tokenizer = Tokenizer.load(args.model)
+    tokenizer = Tokenizer.load(args.model, for_model=True)
     model = GPT.from_pretrained(args.model, flags.compute_dtype(args.device), args.device)
     model.join_weights()
     args.max_new_tokens = flags.new_tokens(args.max_new_tokens, MAX_NEW_TOKENS,
@@ -512,6 +512,8 @@ if __name__ == "__main__":
     if args.think:
         longest = model.config.max_positions - args.max_new_tokens
         prompt = build_prompt(prompt, *template_ids(tokenizer, args.template), longest)
+    else:
+        prompt = tokenizer.bos + prompt
     # A single rollout is printed as it comes, several run under a progress bar.
     streamed = args.n == 1 and not args.json
     with RolloutBar(args.n, "rollouts", disable=True if streamed else None) as bar:

@@ -39,11 +39,13 @@ BETAS = 0.9, 0.95      # of AdamW
 LINE_EVERY = 100       # steps between lines where there is no terminal for a bar
 
 
-def document_examples(corpus, documents, end_id, max_tokens, problem_weight, rng, counts=None):
+def document_examples(corpus, documents, end_id, max_tokens, problem_weight, rng, counts=None,
+                      bos=()):
     """Documents -> Examples: the first token is the prompt, the rest of the text has a loss.
 
-    A document longer than max_tokens gives a random window. problem_weight: loss weight of tokens
-    before the solution. counts: for each token of the corpus, whether it has a loss; None: all do.
+    A document longer than max_tokens gives a random window, which begins with the tokenizer's BOS,
+    if there is one. problem_weight: loss weight of tokens before the solution. counts: for each
+    token of the corpus, whether it has a loss; None: all do.
     """
     examples = []
     for start, solution, end, _ in corpus.docs[documents]:
@@ -53,6 +55,8 @@ def document_examples(corpus, documents, end_id, max_tokens, problem_weight, rng
             weights = [w * c for w, c in zip(weights, counts[start:end].tolist() + [False])]
         first = int(rng.integers(max(len(ids) - max_tokens, 0) + 1))
         ids, weights = ids[first:first + max_tokens], weights[first:first + max_tokens]
+        ids[:len(bos)] = bos
+        weights[:len(bos)] = [0.0] * len(bos)
         examples.append(make_example(ids[:1], ids[1:], weights[1:]))
     return examples
 
@@ -120,7 +124,7 @@ class Lessons:
     def __init__(self, args, corpus, tokenizer, config):
         self.args = args
         self.corpus = corpus
-        self.end_id = tokenizer.eos_id
+        self.bos, self.end_id = tokenizer.bos, tokenizer.eos_id
         self.max_tokens = min(args.max_tokens, config.max_positions)
         self.documents = np.flatnonzero(corpus.docs[:, 3] == 0)
         self.counts = None
@@ -151,7 +155,7 @@ class Lessons:
         documents = self.documents[shuffled(len(self.documents), cursor["documents"], n, seed)]
         examples = document_examples(self.corpus, documents, self.end_id, self.max_tokens,
                                      self.args.problem_weight, np.random.default_rng((seed, step)),
-                                     self.counts)
+                                     self.counts, self.bos)
         if self.n_strings:
             chosen = shuffled(len(self.strings), cursor["strings"], self.n_strings, seed)
             examples += [self.strings[i] for i in chosen]
@@ -216,7 +220,7 @@ if __name__ == "__main__":
     corpus = load_corpus(args.corpus)
     run = Run(args)
     source = run.checkpoint or args.init
-    tokenizer = Tokenizer.load(source or f"{args.corpus}/tokenizer")
+    tokenizer = Tokenizer.load(source or f"{args.corpus}/tokenizer", for_model=True)
     corpus.check(tokenizer, source or args.corpus)
     torch.manual_seed(args.seed)
     compute_dtype = flags.compute_dtype(device)

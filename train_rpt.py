@@ -236,7 +236,7 @@ if __name__ == "__main__":
     device = parallel.start(args.device)
     run = Run(args)
     source = run.checkpoint or args.init
-    tokenizer = Tokenizer.load(source)
+    tokenizer = Tokenizer.load(source, for_model=True)
     Objective = objectives.load(args.objective)
     config = read_config(source)
     args.max_new_tokens = flags.new_tokens(args.max_new_tokens, MAX_NEW_TOKENS,

@@ -5,10 +5,11 @@
     meta.json     version, counts, sha256 of the sources, name and fingerprint of the tokenizer
     tokenizer/    the tokenizer itself
 
-Only tokens of a solution are predicted. It is tokenised apart from its problem, so that it begins
-with a token of its own; in plain text it begins with the second token, because a prediction needs a
-context. Of documents with the same problem (or plain text) the first is kept, and the hash of that
-alone decides between training and validation. Text stays as it is, line ends included.
+A document begins with the BOS of its tokenizer, if that puts one in front of a text. Only tokens of
+a solution are predicted. It is tokenised apart from its problem, so that it begins with a token of
+its own; in plain text it begins with the second token, because a prediction needs a context. Of
+documents with the same problem (or plain text) the first is kept, and the hash of that alone
+decides between training and validation. Text stays as it is, line ends included.
 """
 import hashlib
 import json
@@ -112,7 +113,7 @@ def write_tokens(folder, documents, tokenizer, skipped):
             problem, solution, where = Document(*document)
             try:
                 raw = (problem + solution).encode()
-                problem_ids = tokenizer.encode(problem)
+                problem_ids = tokenizer.bos + tokenizer.encode(problem)
                 solution_ids = tokenizer.encode(solution)
             except ValueError as error:  # a lone surrogate, or an unknown byte
                 raise_or_skip(f"{where}: {error}", skipped)
@@ -125,7 +126,7 @@ def write_tokens(folder, documents, tokenizer, skipped):
             np.array(problem_ids + solution_ids, dtype="<u4").tofile(file)
             start = counts["tokens"]
             end = start + len(problem_ids) + len(solution_ids)
-            docs.append((start, start + max(len(problem_ids), 1), end))
+            docs.append((start, start + len(problem_ids) + (not problem), end))
             counts["tokens"] = end
             counts["bytes"] += len(raw)
     if not docs:

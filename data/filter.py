@@ -29,14 +29,17 @@ SAVE_EVERY = 100  # documents; Ctrl-C loses no more
 
 
 @torch.no_grad()
-def score_document(model, tokens, first):
+def score_document(model, tokens, first, bos=()):
     """tokens (T,) of a document -> (T - first, 2) fp32: the scores of predicting tokens[first:].
 
-    A document longer than the model is read in windows. All but the first are half context or more.
+    A document longer than the model is read in windows. All but the first are half context or more;
+    each begins with the tokenizer's BOS, if there is one.
     """
+    tokens = np.array(tokens)  # a copy, because each window gets its BOS
     window, vocab, parts = model.config.max_positions, model.config.vocab_size, []
     while first < len(tokens):
         start = max(0, min(first - window // 2, len(tokens) - window))
+        tokens[start:start + len(bos)] = bos
         ids, layout = flatten([(tokens[start:start + window].tolist(), [])], model.device)
         hidden = model.hidden(ids, layout.positions, layout.attend)             # (window, D)
         # Logits a piece at a time, because those of 32,768 positions may take 20 GB.
@@ -57,7 +60,8 @@ def score_corpus(corpus, proxy, documents=0, device="cpu"):
     right; NaN: not computed. It is saved every SAVE_EVERY documents; the next call continues it.
     """
     path = scores_path(corpus, proxy)
-    corpus.check(Tokenizer.load(proxy), proxy)
+    tokenizer = Tokenizer.load(proxy, for_model=True)
+    corpus.check(tokenizer, proxy)
     scores = np.full((len(corpus.tokens), 2), np.nan, np.float32)
     if os.path.exists(path):
         scores = np.load(path)
@@ -72,7 +76,8 @@ def score_corpus(corpus, proxy, documents=0, device="cpu"):
     try:
         bar = tqdm(todo, desc="filter", unit="doc", disable=None)
         for i, (start, solution, end, _) in enumerate(bar, start=1):
-            scores[solution:end] = score_document(model, corpus.tokens[start:end], solution - start)
+            scores[solution:end] = score_document(model, corpus.tokens[start:end], solution - start,
+                                                  tokenizer.bos)
             if i % SAVE_EVERY == 0:
                 save_scores(path, scores)
     finally:  # also after Ctrl-C

@@ -52,6 +52,7 @@ def candidate_strings(args, tokenizer, rng):
 
     strings = []
     for t, start, _ in tqdm(positions, desc="strings", disable=None):
+        start += len(tokenizer.bos)
         context, truth = corpus.tokens[start:t].tolist(), int(corpus.tokens[t])
         string = candidate_string(rng, model, tokenizer, context, truth, template,
                                   args.max_prompt_tokens)
@@ -67,8 +68,9 @@ def candidate_strings(args, tokenizer, rng):
 def candidate_string(rng, model, tokenizer, context, truth, template, longest):
     """context ids, true next id -> a string, its prompt at most `longest`; None if impossible."""
     max_positions = model.config.max_positions
-    end = torch.tensor([context[-min(longest, max_positions):]], device=model.device)
-    best = model.finite(model(end)[0, -1]).topk(CANDIDATES).indices.tolist()
+    end = tokenizer.bos + context[len(tokenizer.bos) - min(longest, max_positions):]
+    logits = model(torch.tensor([end], device=model.device))[0, -1]
+    best = model.finite(logits).topk(CANDIDATES).indices.tolist()
     candidates = list(dict.fromkeys([truth, *best]))[:CANDIDATES]
     rng.shuffle(candidates)
     words = [readable(tokenizer.decode_bytes([id])) for id in candidates]
@@ -148,7 +150,7 @@ def parse_args():
 if __name__ == "__main__":
     sys.excepthook = flags.speak_once
     args = parse_args()
-    tokenizer = Tokenizer.load(args.proxy)
+    tokenizer = Tokenizer.load(args.proxy, for_model=True)
     make = solution_strings if args.solutions else candidate_strings
     strings = make(args, tokenizer, random.Random(args.seed))
     write(args.out, "".join(json.dumps(string, ensure_ascii=False) + "\n" for string in strings))

@@ -20,7 +20,7 @@ class Objective(first_token.Objective):
     def score(self, policy, groups):
         super().score(policy, groups)
         for run in cut(groups, self.args.tokens_per_micro_batch, count_context):
-            contexts = [(group.question.context, []) for group in run]
+            contexts = [(self.tokenizer.bos + group.question.context, []) for group in run]
             tokens, layout = flatten(contexts, policy.device)
             hidden = policy.hidden(tokens, layout.positions, layout.attend)[layout.last_rows]
             probabilities = linear(hidden, policy.head).float().softmax(dim=-1)          # (N, V)

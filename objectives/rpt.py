@@ -55,7 +55,7 @@ def ask(corpus, tokenizer, position, template, longest):
     """A row of `load_positions` -> Question; a context that is too long loses its beginning."""
     t, start, end = map(int, position)
     truth = [tokenizer.token_bytes(int(id)) for id in corpus.tokens[t:min(end, t + TRUTH_TOKENS)]]
-    context = corpus.tokens[max(start, t - longest):t].tolist()
+    context = corpus.tokens[max(start + len(tokenizer.bos), t - longest):t].tolist()
     return Question(build_prompt(context, *template, longest), truth, context, t)
 
 

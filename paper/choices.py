@@ -108,7 +108,7 @@ def option_logprobs(model, tokenizer, choices):
 
 def encode(model, tokenizer, choice):
     """Choice -> ids of the question, [ids of each option]."""
-    question = tokenizer.encode(f"Question: {choice.question}\nAnswer:")
+    question = tokenizer.bos + tokenizer.encode(f"Question: {choice.question}\nAnswer:")
     options = [tokenizer.encode(" " + option) for option in choice.options]
     longest = len(question) + max(map(len, options))
     if longest > model.config.max_positions:

@@ -72,7 +72,7 @@ def parse_args():
 if __name__ == "__main__":
     sys.excepthook = flags.speak_once
     args = parse_args()
-    tokenizer = Tokenizer.load(args.init)
+    tokenizer = Tokenizer.load(args.init, for_model=True)
     model = GPT.from_pretrained(args.init, flags.compute_dtype(args.device), args.device)
     strings = own_strings(model, tokenizer, args)
     if not strings:

@@ -109,11 +109,11 @@ def test_interrupted_scoring_goes_on_where_it_stopped(corpus, base, tmp_path, mo
     folder = load_corpus(corpus.folder)._replace(folder=tmp_path)
     calls = []
 
-    def press_ctrl_c(model, tokens, first):
+    def press_ctrl_c(model, tokens, *rest):
         calls.append(len(tokens))
         if len(calls) == 20:
             raise KeyboardInterrupt
-        return score_document(model, tokens, first)
+        return score_document(model, tokens, *rest)
 
     monkeypatch.setattr(entropy_filter, "score_document", press_ctrl_c)
     with pytest.raises(KeyboardInterrupt):

@@ -22,7 +22,7 @@ SCRIPT = ROOT / "data" / "prepare.py"
 
 class ByteTokenizer:
     """One id per byte, so that token offsets can be counted by hand; it knows no byte 0x07."""
-    fingerprint = "bytes"
+    fingerprint, bos = "bytes", []
 
     def encode(self, text):
         if "\a" in text:

@@ -1,6 +1,7 @@
 """The tokenizer against Hugging Face's `tokenizers`, on small ones of each family, trained here."""
 import json
 import random
+import shutil
 import unicodedata
 
 import pytest
@@ -13,6 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from data import tokenizer
 from data.prompt import stop_ids
 from data.tokenizer import BYTE_TO_CHAR, Tokenizer, train_bpe
+from tiny import base, corpus, run_here, write_lines
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 QWEN = CONTRACTIONS + r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -485,6 +487,31 @@ def test_an_embedding_without_rows_for_all_ids_is_refused(sources, tmp_path):
     complaint = f"ids up to {ids - 1} \\('</think>'\\), config.json says vocab_size {ids - 1}: a token"
     with pytest.raises(ValueError, match=complaint):
         Tokenizer.load(folder, for_model=True)
+
+
+@pytest.mark.parametrize("command", [
+    "data/filter.py --corpus {corpus} --proxy {bad}",
+    "data/warmstart.py --corpus {corpus} --proxy {bad} --out {out}",
+    "data/warmstart.py --solutions {data} --proxy {bad} --template chat --out {out}",
+    "train_ntp.py --corpus {corpus} --init {bad} --out-dir {out}",
+    "train_rpt.py --corpus {corpus} --init {bad} --out-dir {out}",
+    "train_rpt.py --objective answers --data {data} --template chat --init {bad} --out-dir {out}",
+    "eval.py lm --corpus {corpus} --checkpoints {bad} --out {out}",
+    "sample.py --model {bad} --prompt x",
+    "paper/answers.py --data {data} --checkpoints {bad} --out {out}",
+    "paper/choices.py --data {data} --checkpoints {bad} --out {out}",
+    "paper/own_rollouts.py --corpus {corpus} --init {bad} --out {out}"])
+def test_every_command_says_in_one_line_that_rows_are_missing(corpus, base, tmp_path, command):
+    bad, out = shutil.copytree(base, tmp_path / "bad"), tmp_path / "out"
+    source = json.loads((bad / "tokenizer.json").read_text())
+    last = max(token["id"] for token in source["added_tokens"])
+    source["added_tokens"].append(source["added_tokens"][-1] | dict(id=last + 1, content="<|pad|>"))
+    (bad / "tokenizer.json").write_text(json.dumps(source))
+    data = write_lines(tmp_path / "data.jsonl", dict(question="Q", options=["a", "b"], answer="a"))
+    words = command.format(bad=bad, out=out, data=data, corpus=corpus.folder).split()
+    code, _, error = run_here(*words)
+    assert code == 2 and error.count("\n") == 1 and f"ids up to {last + 1} ('<|pad|>')" in error
+    assert not out.exists()
 
 
 def with_bos(source): source["post_processor"] = around("<|im_end|>", TEXT)
