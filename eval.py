@@ -331,7 +331,7 @@ def check_paths(args, corpus=None):
     """Look at every path before hours of work; make the folders of --out and --dump."""
     for checkpoint in args.checkpoints:
         weight_files(checkpoint)
-        tokenizer = Tokenizer.load(checkpoint)
+        tokenizer = Tokenizer.load(checkpoint, for_model=True)
         if corpus:
             corpus.check(tokenizer, checkpoint)
     for path in filter(None, (args.out, args.dump)):
