@@ -27,6 +27,7 @@ import sys
 from collections import Counter
 from functools import partial
 
+from plumbing import flags  # before torch: how its threads wait
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -38,7 +39,6 @@ from data.tokenizer import Tokenizer
 from model import GPT, read_config
 from objectives import Group
 from objectives.rpt import ask, predictions
-from plumbing import flags
 from plumbing.batch import cut, flatten
 from plumbing.files import write
 from plumbing.hf import weight_files

@@ -26,6 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
+from plumbing import memory  # before torch: how its threads wait
 import torch
 
 import kernels
@@ -33,7 +34,6 @@ from kernels.attention import attention
 from kernels.decode import Rows, decode
 from kernels.linear import linear
 from kernels.logprob import draw, sample as sample_tokens
-from plumbing import memory
 from plumbing.batch import cut, flatten
 
 PREFILL_TOKENS = 8192   # in one forward pass over prompts; bounds its memory

@@ -18,6 +18,7 @@ import math
 import sys
 from functools import partial
 
+from plumbing import flags, parallel  # before torch: how its threads wait
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -26,7 +27,6 @@ from data.corpus import load_corpus
 from data.positions import find_scores, load_positions, shuffled
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
-from plumbing import flags, parallel
 from plumbing.batch import Example, count_tokens, idle_micro_batch, pack
 from plumbing.checkpoint import Run
 from plumbing.log import append, read_metrics

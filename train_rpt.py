@@ -23,6 +23,7 @@ from functools import partial
 
 if __name__ == "__main__":  # nothing is there to be saved while torch is imported
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+from plumbing import flags, parallel  # before torch: how its threads wait
 import torch
 
 import kernels
@@ -31,7 +32,6 @@ from data.prompt import stop_ids
 from data.tokenizer import Tokenizer
 from model import GPT, read_config
 from objectives import Group
-from plumbing import flags, parallel
 from plumbing.batch import idle_micro_batch, pack
 from plumbing.checkpoint import Run
 from plumbing.log import RolloutBar, StepLog, save_batch

@@ -18,17 +18,16 @@ from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
-import torch
-import torch.nn.functional as F
-
 if __name__ == "__main__":  # the repository, not bench/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from plumbing import flags  # before torch: how its threads wait
+import torch
+import torch.nn.functional as F
 import kernels
 import sample
 from bench.common import (QWEN, SMOLLM2, limits, medians, parse_args, print_row, random_prompts,
                           run_rows)
 from model import GPT, GPTConfig
-from plumbing import flags
 
 # The demo's model, with room for the rollouts of row 2.
 EMBEDDED = GPTConfig(vocab_size=390, width=128, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=32,

@@ -23,10 +23,10 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-
 if __name__ == "__main__":  # the repository, not bench/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from plumbing import flags, parallel  # before torch: how its threads wait
+import torch
 import kernels
 import sample
 import train_rpt
@@ -34,7 +34,6 @@ from bench.common import (QWEN, SMOLLM2, limits, medians, pairs, parse_args, pri
                           random_prompts, run_rows)
 from model import GPT
 from objectives import Base, Group, Question
-from plumbing import flags, parallel
 from plumbing.batch import pack
 from plumbing.optimizer import make_optimizer
 

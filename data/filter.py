@@ -11,16 +11,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 if __name__ == "__main__":  # imports start at the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from plumbing import flags  # before torch: how its threads wait
+import torch
 from data.corpus import load_corpus
 from data.positions import SPLITS, scores_path
 from data.tokenizer import Tokenizer
 from model import GPT
-from plumbing import flags
 from plumbing.batch import flatten
 
 TOP = 16          # tokens over which the entropy is taken

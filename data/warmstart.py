@@ -20,11 +20,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 if __name__ == "__main__":  # imports start at the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from plumbing import flags  # before torch: how its threads wait
+import torch
 from data.corpus import load_corpus
 from data.positions import find_scores, load_positions
 from data.prompt import (TEMPLATES, build_prompt, check_question_template, solve_prompt,
@@ -32,7 +33,6 @@ from data.prompt import (TEMPLATES, build_prompt, check_question_template, solve
 from data.questions import leave_out_long, read_solutions
 from data.tokenizer import Tokenizer
 from model import GPT, read_config
-from plumbing import flags
 from plumbing.files import write
 from reward import extract_prediction
 

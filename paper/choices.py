@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 if __name__ == "__main__":  # the repository, not paper/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from plumbing import flags  # before torch: how its threads wait
+import torch
 from data.answers import layout_free
 from data.corpus import check_text
 from data.questions import field, read_lines, text_field
 from eval import load_model, result, thought_result
 from paper.answers import evaluate_all, parse_question_args, think, with_room
-from plumbing import flags
 from plumbing.batch import cut, flatten
 
 TOKENS_PER_PASS = 8192            # of a forward pass over options; bounds memory
