@@ -417,6 +417,15 @@ def test_a_rank_reads_its_rows_of_the_moments_and_no_others(tmp_path, monkeypatc
         assert read[rank] == mine
 
 
+def test_another_user_may_read_the_moments_if_the_umask_says_so(tmp_path):
+    before = os.umask(0o022)
+    try:
+        moments.save_moments(str(tmp_path), *some_moments(1, torch.float32))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644}
+
+
 def test_moments_of_another_model_are_refused(tmp_path):
     moments.save_moments(str(tmp_path), *some_moments(1, torch.float32))
     other = torch.nn.ParameterList([torch.ones(7, 4)])
