@@ -47,18 +47,6 @@ def open_tensors(path):
         raise ValueError(f"{path}: damaged or incomplete ({error})") from None
 
 
-def save_tensors(tensors, path):
-    """Write a safetensors file with the permissions that any new file gets; OSError if it fails."""
-    open(path, "wb").close()
-    mode = os.stat(path).st_mode
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk
-        raise OSError(f"{path}: cannot write ({error})") from None
-    # safetensors renames a temporary file, which nobody else may read.
-    os.chmod(path, mode)
-
-
 def write(path, text):
     """Replace a file at once: write another one and rename it. text: str or bytes."""
     with open(path + ".partial", "wb") as file:
