@@ -67,14 +67,19 @@ def test_after_ctrl_c_the_stage_is_not_done_although_its_command_has_saved_and_e
     # The first listens to the SIGTERM that is passed on, the second only to the second Ctrl-C.
     "signal.signal(signal.SIGTERM, lambda *_: exit(0)); os.kill(os.getppid(), signal.SIGTERM)",
     "signal.signal(signal.SIGTERM, signal.SIG_IGN); os.kill(os.getppid(), signal.SIGINT); time.sleep(1); "
-    "os.kill(os.getppid(), signal.SIGINT)",
-    # A command that has lost its terminal is told so; a scheduler's warning is a SIGTERM to it.
-    "signal.signal(signal.SIGHUP, lambda *_: exit(0)); os.kill(os.getppid(), signal.SIGHUP)",
-    "signal.signal(signal.SIGTERM, lambda *_: exit(0)); os.kill(os.getppid(), signal.SIGUSR1)"])
+    "os.kill(os.getppid(), signal.SIGINT)"])
 def test_a_signal_is_passed_on_and_a_second_ctrl_c_ends_what_does_not_listen(tmp_path, capfd, command):
     with pytest.raises(SystemExit) as end:
         run(tmp_path, f"import os, signal, time; {command}; time.sleep(60); exit(9)", "pass")
     assert end.value.code == 130 and done(tmp_path) == []
+
+
+@pytest.mark.parametrize("sent, arrives", [("SIGHUP", "SIGHUP"), ("SIGUSR1", "SIGTERM"), ("SIGTERM", "SIGTERM")])
+def test_a_command_that_has_lost_its_terminal_is_told_so_and_others_get_sigterm(tmp_path, sent, arrives):
+    with pytest.raises(SystemExit):
+        run(tmp_path, f"import os, signal, time; note = lambda *_: open('{tmp_path}/note', 'w').close() or exit(0); "
+            f"signal.signal(signal.{arrives}, note); os.kill(os.getppid(), signal.{sent}); time.sleep(5)")
+    assert (tmp_path / "note").exists()
 
 
 def test_a_ctrl_c_that_comes_twice_at_once_lets_the_command_save(tmp_path):
