@@ -440,3 +440,30 @@ def test_any_text_is_prepared_trained_on_sampled_and_dumped_in_any_locale(tmp_pa
     printed = done.stdout.decode("iso-8859-1").rpartition("sample.py\n")[2].splitlines()
     assert list(map(json.loads, printed)) == list(map(json.loads, expected.splitlines()))
     assert re.search("[\xa0-\xff]", expected) and "\ufffd" in expected
+
+
+# ---- threads -----------------------------------------------------------------------------------------------
+
+WATCH = """
+import os, runpy, sys
+class Watch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Watch())
+sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[1])))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("asked, found", [(None, "10000"), ("7", "7")])
+@pytest.mark.parametrize("command", ["train_rpt", "train_ntp", "eval", "sample", "data/filter", "data/warmstart",
+                                     "paper/choices", "bench/sample", "bench/train"])
+def test_how_threads_wait_is_said_before_torch_is_loaded(command, asked, found):
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    environment |= {"GOMP_SPINCOUNT": asked} if asked else {}
+    ran = subprocess.run([sys.executable, "-c", WATCH, f"{command}.py", "--help"], cwd=ROOT,
+                         env=environment, capture_output=True, encoding="utf-8")
+    assert ran.stdout.strip() == found, ran.stderr
