@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
-from plumbing import memory  # before torch: how its threads wait
+from plumbing import memory, parallel  # before torch: how its threads wait
 import torch
 
 import kernels
@@ -423,7 +423,8 @@ def kv_budget(kv_gb, device):
         # What the last update has freed is free too, although torch's allocator still holds it.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return KV_SHARE * (torch.cuda.mem_get_info(device)[0] + kept)
-    free, total = memory.available()
+    # Ranks of one machine share its memory.
+    free, total = (size / parallel.LOCAL_WORLD for size in memory.available())
     return min(KV_SHARE * free, CPU_SHARE * total)
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this machine
 NO_BAR = None if RANK == 0 else True  # tqdm's `disable`: bars only on a terminal of rank 0
 # How long to wait for the rank with the longest thoughts; torchrun notices a rank that has died.
 TIMEOUT = timedelta(hours=2)

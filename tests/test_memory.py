@@ -25,7 +25,7 @@ from kernels.attention import make_layout
 from model import GPT, GPTConfig
 from plumbing.batch import Example, pack
 from plumbing.optimizer import make_optimizer
-from plumbing import memory as process_memory
+from plumbing import memory as process_memory, parallel
 from sample import generate, kv_budget
 
 SHAPES = [
@@ -182,6 +182,8 @@ def test_the_sampler_takes_the_share_that_is_counted(monkeypatch):
     for free, budget in ((7e9, 4e9), (2e9, 1.7e9)):
         monkeypatch.setattr(process_memory, "available", lambda: (free, 8e9))
         assert kv_budget(None, torch.device("cpu")) == budget
+    monkeypatch.setattr(parallel, "LOCAL_WORLD", 4)
+    assert kv_budget(None, torch.device("cpu")) == pytest.approx(1.7e9 / 4)
 
 
 GB = 10**9
