@@ -143,13 +143,17 @@ NOT_UNITS = r"""
     |(?:twen|thir|for|fif|six|seven|eigh|nine)t(?:y|ies)
     |(?:ten|hundred|thousand|[a-z]*illion)(?:th)?s?
     |(?:third|four|fif|six|seven|eigh|nin|eleven|twelf|[a-z]+teen|[a-z]+tie)(?:th)?s?|quarters?
-    |hal(?:f|ve)[sd]?|lakhs?|lacs?|crores?|myriads?|dozens?|scores?|gross|grand|pairs?|[a-z]*fold
-    |(?:doub|trip|[a-z]*up)le[sd]?|once|twice|thrice|kilo|mega|giga|tera|deci|centi|milli|micro|nano
-    |mil|thou|per(?:mille|centiles?)?|promille|basis|and|nor|not|plus|minus|negative|times|divided
-    |multiplied|over|under|above|below|more|less|fewer|than|from|off|out|mod|modulo|choose|squared?
-    |cubed?|cubic|roots?|factorial|power|inverse|reciprocal|recurring|repeating|bar|remainder|prime
-    |base|binary|octal|hex|hexadecimal|approximately|approx|about|log|sin|cos|tan|exp|alpha|beta
-    |gamma|delta|epsilon|theta|kappa|lambda|sigma|omega|phi|rho|tau|eta|iota"""
+    |fourty|nineths?|hundreths?|hal(?:f|ve)[sd]?|lakhs?|lacs?|crores?|arabs?|kharabs?|myriads?
+    |googols?|dozens?|scores?|gross(?:es)?|grands?|pairs?|trios?|[a-z]*fold|multiples?
+    |(?:doub|trip|[a-z]*up)le[sd]?|once|twice|thrice|kilo|mega|giga|tera|peta|exa|hecto|deca|deci
+    |centi|milli|micro|nano|pico|femto|mil|thou|per(?:mille|centiles?)?|promille|basis|and|nor|not
+    |plus|minus|negative|opposite|complement|times|divided|multiplied|raised|over|under|above|below
+    |more|less|fewer|(?:great|larg|bigg|high|small|low|old|young)er|than|from|off|out|past|ago|mod
+    |modulo|choose|squared?|cubed?|cubic|roots?|rooted|radical|factorial|power|exponent|inverse
+    |reciprocal|imaginary|infinit[ey]|undefined|excluded|recurring|repeating|bar|remainder|prime
+    |base|binary|octal|hex|hexadecimal|approximately|approx|about|log|(?:arc)?(?:sin|cos|tan)|sine
+    |cosine|tangent|exp|alpha|beta|gamma|delta|epsilon|zeta|theta|kappa|lambda|sigma|omega|phi|chi
+    |rho|tau|eta|iota|omicron|upsilon"""
 SHORT = "[cdkmn]?m|[km]?g|[cdm][lL]|[hs]|ms|k?Hz|k?Pa|k[JNWV]|ft|in|yd|mi|lbs?|oz|hrs?|yrs?|[km]ph"
 WORD = rf"(?:(?:{SHORT})(?![A-Za-z])|(?!(?i:{NOT_UNITS})\b)(?=[a-z]*[aeiou])[A-Za-z][a-z]{{2,}})"
 UNIT = rf"(?:(?:square|cubic)\ )?{WORD}(?:\^\{{[23]\}})?"

@@ -112,7 +112,9 @@ EQUAL = [
 # Words that change the number in front of them.
 COUNTING = """thirds quarters sevenths twentieths hundredths half lakh crore dozen score gross pairs
     grand hundred Million fold squared cubed factorial repeating binary plus below negative theta
-    more pi mod per xyz sevens twenties""".split()
+    more pi mod per xyz sevens twenties greater older grosses googol arab fourty hundreth multiples trios
+    peta pico opposite complement raised ago past infinite undefined imaginary excluded cosine arctan
+    zeta exponent radical""".split()
 # (what it guards, an answer, another)
 UNEQUAL = [
     *[(f"5 {word}", f"5 {word}", "5") for word in COUNTING],
