@@ -82,7 +82,9 @@ def parse_solution(record):
     return question, thought.strip(), exact_answer(record)
 
 
-VERB = re.compile(r"\b(?:is|are|was|were|has|have|gives?|equals?|so|thus|hence|therefore|we)\b")
+# Words of a sentence, which an exact answer of several words does not have.
+SENTENCE = re.compile(r"\b(?:is|are|was|were|has|have|gives?|gets?|equals?|so|thus|hence|therefore"
+                      r"|answer|we|he|she|it|they)\b", re.IGNORECASE)
 
 
 def exact_answer(record):
@@ -108,7 +110,8 @@ def exact_answer(record):
 def check_short(answer):
     """-> answer; ValueError if it is a sentence or a worked solution, which no box would repeat."""
     words = len(re.findall("[A-Za-z]{2,}", answer))
-    sentence = words > 8 or words > 3 and answer[-1] == "." or words > 1 and VERB.search(answer)
+    sentence = (words > 8 or words > 3 and answer[-1] == "."
+                or len(answer.split()) > 1 and SENTENCE.search(answer))
     if sentence or re.search(r"\n|\\(?:boxed|fbox|framebox)", answer):
         raise ValueError("expected #### or \\boxed{} before the exact answer, or nothing but the "
                          f"answer, got {answer[:40]!r}...")
