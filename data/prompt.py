@@ -7,11 +7,12 @@ paper trains with v0, and reports that fences and a list of candidates (v6) star
 the context and <think>, for a model trained on strings by train_ntp.py.
 
 Around them stand the turns of the checkpoint's own chat template, default system turn included,
-rendered as transformers does it, but without a clock: Llama 3.2 then writes the date that stands in
-its template, 26 Jul 2024, and a prompt is the same every day. A thought that the template opens
-(R1) is not opened again. A prompt without such turns begins with the tokenizer's BOS.
+rendered as transformers does it, but always on 26 Jul 2024, the date that stands in Llama 3.2's, so
+that a prompt is the same every day. A thought that the template opens (R1) is not opened again. A
+prompt without such turns begins with the tokenizer's BOS.
 """
 import sys
+from datetime import datetime
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -57,6 +58,7 @@ CHAT = {
         "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
     "<|im_start|>": ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),  # Qwen, SmolLM2
 }
+TODAY = datetime(2024, 7, 26)  # for chat templates that write the date
 CONTENT = "\0"  # stands for the content while a chat template is rendered; no text holds it
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
 
@@ -75,7 +77,7 @@ def encode_turns(tokenizer, before, after):
     """
     turns = Turns("", "") if "<think>" in after else chat_turns(tokenizer)
     before, after = turns.user + before, after + turns.assistant
-    if not after.endswith(("<think>", "<think>\n")):
+    if not after.rstrip().endswith("<think>"):
         after += "<think>\n"
     before = tokenizer.encode(before, special=True)
     if not turns.are_own and before[:len(tokenizer.bos)] != tokenizer.bos:
@@ -101,9 +103,14 @@ def chat_turns(tokenizer):
     if not template:
         return usual
     try:
-        text = render(template, tokenizer.config, f" {CONTENT} ")
-        if text.count(CONTENT) != 1:
+        user, *others = render(template, tokenizer.config, CONTENT).split(CONTENT)
+        if len(others) != 1:
             raise ValueError("it does not write once what a user says")
+        # White space around it is kept, or all of it is dropped (Llama), or there is no rule.
+        spaced = f"\n {CONTENT} \n"
+        text, kept = render(template, tokenizer.config, spaced), user + spaced + others[0]
+        if text not in (kept, user + CONTENT + others[0]):
+            raise ValueError("it changes what a user says")
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TemplateError, TypeError,
             ValueError) as error:
         if parallel.RANK == 0:
@@ -111,10 +118,7 @@ def chat_turns(tokenizer):
             print(f"this checkpoint's chat template cannot be followed ({reason}); prompts have "
                   f"the turns {usual.user!r} and {usual.assistant!r} instead", file=sys.stderr)
         return usual
-    user, assistant = text.split(CONTENT)
-    if user.endswith(" ") and assistant.startswith(" "):
-        return Turns(user[:-1], assistant[1:], are_own=True)
-    return Turns(user, assistant, are_own=True, strip=True)
+    return Turns(user, *others, are_own=True, strip=text != kept)
 
 
 class Generation(ext.Extension):
@@ -134,7 +138,7 @@ def render(template, config, content):
     """
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
-    environment.globals["raise_exception"] = refuse
+    environment.globals |= dict(raise_exception=refuse, strftime_now=TODAY.strftime)
     names = {name: token["content"] if isinstance(token, dict) else token
              for name, token in config.items()
              if name.endswith("_token") and isinstance(token, str | dict)}

@@ -1,6 +1,8 @@
 """Chat turns against transformers, on the templates of the families in a few lines each."""
 import json
 import re
+from datetime import datetime
+from unittest import mock
 
 import pytest
 
@@ -80,8 +82,15 @@ MARKED = CHATML.replace("{%- endfor", """{%- if message.role == 'assistant' %}
         {% generation %}{{- message.content }}{% endgeneration %}{% break %}
     {%- endif %}
 {%- endfor""")
+# Llama 2's turns: it strips what a user says, and puts blanks of its own around it.
+LLAMA2 = """{% for message in messages %}{{ bos_token + '[INST] ' + message['content'].strip() \
++ ' [/INST]' }}{% endfor %}"""
+# A date without asking whether there is a clock, as in SmolLM3 and Mistral Small.
+DATED = """{{- 'Today Date: ' ~ strftime_now("%d %B %Y") ~ '\\n' -}}""" + CHATML
+# A thought that the template opens with an empty line.
+OPENED = CHATML.replace("assistant\\n' }}", "assistant\\n<think>\\n\\n' }}")
 FAMILIES = dict(smollm2=SMOLLM2, qwen25=QWEN25, qwen3=QWEN3, llama3=LLAMA3, llama32=LLAMA32, r1=R1,
-                marked=MARKED)
+                marked=MARKED, llama2=LLAMA2, dated=DATED, opened=OPENED)
 SPECIAL = """<|bos|> </think> <think> <|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|>
     <|eot_id|> <｜User｜> <｜Assistant｜>""".split()
 BOS = 600
@@ -114,11 +123,12 @@ def save(folder, plain, template=None, bos=True):
 
 
 def oracle(folder, content):
-    """The ids of transformers, on the day that Llama's template falls back to."""
+    """The ids of transformers, on the day that stands in Llama's template."""
     transformers = pytest.importorskip("transformers")
-    return transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
-        [dict(role="user", content=content)], add_generation_prompt=True, return_dict=False,
-        date_string="26 Jul 2024")
+    with mock.patch("transformers.utils.chat_template_utils.datetime") as clock:
+        clock.now.return_value = datetime(2024, 7, 26)
+        return transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
+            [dict(role="user", content=content)], add_generation_prompt=True, return_dict=False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -127,7 +137,7 @@ def test_turns_are_those_of_transformers_and_the_thought_is_opened_once(plain, t
     opened = tokenizer.encode("<think>\n", special=True)
     for question in ("What is 2+2?", "\n\n Which digit? ", " x"):
         expected = oracle(tmp_path, question + SOLVE)
-        if expected[-len(opened):] != opened:
+        if opened[0] not in expected[-2:]:
             expected += opened
         assert solve_prompt(tokenizer, question) == expected
         assert expected.count(opened[0]) == 1
@@ -135,7 +145,7 @@ def test_turns_are_those_of_transformers_and_the_thought_is_opened_once(plain, t
         if name != "short":
             marked = oracle(tmp_path, before + "<|eot_id|>" + after)
             ours = build_prompt([tokenizer.special["<|eot_id|>"]], *template_ids(tokenizer, name), 9999)
-            assert ours == (marked if marked[-2:] == opened else marked + opened), name
+            assert ours == (marked if opened[0] in marked[-2:] else marked + opened), name
 
 
 def test_the_context_stays_ids_between_turns_that_trim(plain, tmp_path):
@@ -160,7 +170,9 @@ def test_a_template_in_a_file_of_its_own_or_in_a_list_is_followed(plain, tmp_pat
     ("{{ raise_exception('only\ntools') }}", "only tools"),
     ("{{ messages[0].content }}{{ 1 / 0 }}", "division"),
     ("{{ messages[0].content }}{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-    ("{{ strftime_now('%Y') }}{{ messages[0].content }}", "'strftime_now' is undefined"),
+    ("{{ now('%Y') }}{{ messages[0].content }}", "'now' is undefined"),
+    ("{{ messages[0].content.lstrip() }}", "changes what a user says"),
+    ("{{ messages[0].content.rstrip('\n') }}", "changes what a user says"),
     ("{% for %}", "Expected"),
     ("{{ messages[0].content + none }}", "concatenate"),
     ("{{ messages[0].role }}", "does not write once"),
