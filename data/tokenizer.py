@@ -39,7 +39,7 @@ DIGITS_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+
 EMBEDDED_PATTERN = r"\\\p{L}+\{?| ?\p{L}+|\p{N}|[^\s\p{L}\p{N}]|\s+(?!\S)|\s+"
 EMBEDDED_SPECIAL = ("<think>", "</think>", "<|end|>")
 
-# A folder's files are kept as they are; we read the first two.
+# A folder's files are kept as they are; we read the first three.
 FILES = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
     merges.txt tokenizer.model chat_template.jinja chat_template.json""".split()
 # Without a tokenizer_config.json, the first of these that is there ends a text.
@@ -205,13 +205,13 @@ def read_folder(folder):
         raise FileNotFoundError(f"{folder}: there is no tokenizer.json in this folder"
                                 f"{newest_hint(folder)}")
     try:
-        source = json.loads(files["tokenizer.json"])
-        config = json.loads(files.get("tokenizer_config.json", "{}"))
+        source, config, older = [parse_object(name, files.get(name, "{}")) for name in FILES[:3]]
+        if "added_tokens_decoder" not in config:  # else transformers does not read the older file
+            config |= older
         if "chat_template.jinja" in files:
             config["chat_template"] = files["chat_template.jinja"].decode()
     except ValueError as error:
-        raise ValueError(f"{folder}: tokenizer.json or tokenizer_config.json is not JSON: "
-                         f"{error}") from None
+        raise ValueError(f"{folder}: {error}") from None
     try:
         arguments = convert(source)
     except ValueError as error:
@@ -219,9 +219,19 @@ def read_folder(folder):
     eos = config.get("eos_token")
     eos = eos["content"] if isinstance(eos, dict) else eos
     if eos and eos not in arguments["special"]:
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: eos_token: {eos!r} is not among "
-                         "tokenizer.json's added_tokens")
+        raise ValueError(f"{folder}: tokenizer_config.json or special_tokens_map.json: eos_token: "
+                         f"{eos!r} is not among tokenizer.json's added_tokens")
     return arguments | dict(eos=eos, config=config, files=files) | read_model(folder)
+
+
+def parse_object(name, content):
+    try:
+        parsed = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{name}: expected a JSON object")
+    return parsed
 
 
 def read_model(folder):

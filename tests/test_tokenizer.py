@@ -304,7 +304,10 @@ def test_load_errors_say_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="its newest checkpoint is .*/step_000150"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ValueError, match="tokenizer.json is not JSON"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("[]")
+    with pytest.raises(ValueError, match="tokenizer.json: expected a JSON object"):
         Tokenizer.load(tmp_path)
 
     def offline(name):
@@ -321,7 +324,7 @@ def test_config_names_the_eos_before_any_guess(sources, tmp_path):
     assert load().eos_id == 0  # <|im_end|> is a known one
     assert load(eos_token="</think>").eos_id == load().special["</think>"]
     assert load(eos_token={"content": "<think>"}).eos_id == load().special["<think>"]
-    with pytest.raises(ValueError, match="tokenizer_config.json: eos_token: '</s>'"):
+    with pytest.raises(ValueError, match="tokenizer_config.json or .*: eos_token: '</s>'"):
         load(eos_token="</s>")
     nameless = Tokenizer.load(write(tmp_path / "nameless", trained(byte_level(), special=())))
     with pytest.raises(ValueError, match="no known end of text"):
@@ -475,6 +478,16 @@ def test_every_id_that_a_config_names_stops(sources, tmp_path, config, generatio
     ours = Tokenizer.load(folder)
     known = [ours.special["<|im_end|>"], ours.special["</think>"]]
     assert stop_ids(ours) == sorted({*known, *stops})
+
+
+@pytest.mark.parametrize("config", [{}, dict(eos_token="<think>"), dict(added_tokens_decoder={})])
+def test_an_older_file_names_the_eos_where_transformers_reads_it(sources, tmp_path, config):
+    transformers = pytest.importorskip("transformers")
+    folder = write(tmp_path, sources["qwen"], **config)
+    older = dict(eos_token=dict(content="</think>", lstrip=False, rstrip=False, normalized=False))
+    (folder / "special_tokens_map.json").write_text(json.dumps(older))
+    expected = transformers.AutoTokenizer.from_pretrained(folder).eos_token
+    assert Tokenizer.load(folder).eos == (expected or "<|im_end|>")  # else a guess
 
 
 def test_a_config_names_the_stop_where_the_tokenizer_has_no_end(tmp_path):
