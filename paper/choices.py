@@ -25,7 +25,7 @@ from plumbing import flags  # before torch: how its threads wait
 import torch
 from data.answers import layout_free
 from data.corpus import check_text
-from data.questions import field, read_lines, text_field
+from data.questions import field, leave_out_long, read_lines, text_field
 from eval import load_model, result, thought_result
 from paper.answers import evaluate_all, parse_question_args, think, with_room
 from plumbing.batch import cut, flatten
@@ -93,7 +93,7 @@ def option_logprobs(model, tokenizer, choices):
 
     Options are packed as rollouts of their question, so the question is computed once.
     """
-    groups = [encode(model, tokenizer, choice) for choice in choices]
+    groups = [encode(tokenizer, choice) for choice in choices]
     sums = []
     with tqdm(total=len(groups), desc="likelihood", unit="question", disable=None) as bar:
         for run in cut(groups, TOKENS_PER_PASS, count_tokens):
@@ -106,15 +106,10 @@ def option_logprobs(model, tokenizer, choices):
     return sums
 
 
-def encode(model, tokenizer, choice):
+def encode(tokenizer, choice):
     """Choice -> ids of the question, [ids of each option]."""
     question = tokenizer.bos + tokenizer.encode(f"Question: {choice.question}\nAnswer:")
     options = [tokenizer.encode(" " + option) for option in choice.options]
-    longest = len(question) + max(map(len, options))
-    if longest > model.config.max_positions:
-        raise ValueError(f"question {choice.question[:40]!r}... and an option take {longest} "
-                         f"tokens, the model has {model.config.max_positions} positions; "
-                         "leave it out")
     return question, options
 
 
@@ -138,6 +133,14 @@ def likelihood_hits(model, tokenizer, choices):
 def evaluate(checkpoint, choices, args):
     """One checkpoint -> lines of the table, for all questions and for each subject."""
     model, tokenizer = load_model(checkpoint, args.device)
+    if args.mode in ("likelihood", "both"):
+        sizes = []
+        for question, options in (encode(tokenizer, choice) for choice in choices):
+            sizes.append(len(question) + max(map(len, options)))
+        kept = leave_out_long([choice.question for choice in choices], sizes,
+                              model.config.max_positions, args.skip_long,
+                              "take a checkpoint with more positions")
+        choices = [choices[i] for i in kept]
     if args.mode in ("reasoning", "both"):
         choices, texts, prompts = with_room(tokenizer, choices, list(map(lettered, choices)), args,
                                             model.config.max_positions)

@@ -140,7 +140,7 @@ def test_the_likelihood_of_an_option_is_that_of_its_tokens_one_by_one(checkpoint
 
 def test_likelihood_takes_the_best_sum_and_its_norm_the_best_per_byte(checkpoint):
     model, tokenizer, folder = checkpoint
-    args = SimpleNamespace(mode="likelihood", device="cpu", seed=0)
+    args = SimpleNamespace(mode="likelihood", device="cpu", seed=0, skip_long=False)
     plain, norm = [], []
     for choice in CHOICES:
         sums = by_hand(model, tokenizer, choice)
@@ -160,11 +160,17 @@ def test_likelihood_takes_the_best_sum_and_its_norm_the_best_per_byte(checkpoint
         assert len(found) == 6  # no line for the empty subject
 
 
-def test_an_option_longer_than_the_models_positions_is_named(checkpoint):
-    model, tokenizer, _ = checkpoint
-    choices = [CHOICES[0], Choice("One?", ["a", "b c " * 60], 0, "")]
-    with pytest.raises(ValueError, match="question 'One.'... and an option take .* 128 positions"):
-        option_logprobs(model, tokenizer, choices)
+@pytest.mark.parametrize("mode", ["likelihood", "both"])
+def test_a_question_whose_option_has_no_room_is_named_and_can_be_left_out(base, capsys, mode):
+    choices = [CHOICES[0], Choice("One?", ["a", "b c " * 60], 0, ""), CHOICES[1]]
+    args = SimpleNamespace(mode=mode, device="cpu", seed=4, samples=1, temperature=0.8, kv_gb=None,
+                           template="short", max_new_tokens=1, skip_long=False, dump=None,
+                           max_rows=8, top_k=0, top_p=1.0, min_p=0.0)
+    with pytest.raises(ValueError, match=r"1 of 3 questions.* 128 tokens: .*'One.', .* --skip-long"):
+        evaluate(base, choices, args)
+    args.skip_long = True
+    assert {line["n"] for line in evaluate(base, choices, args) if line["subject"] == "all"} == {2}
+    assert "left out: no room for 1 of 3 questions" in capsys.readouterr().out
 
 
 # ---- command line ----
