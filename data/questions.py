@@ -146,15 +146,16 @@ def read_lines(path, parse, skip_bad=False):
 
 
 def leave_out_long(texts, sizes, longest, skip_long, cure):
-    """Questions and their sizes in tokens -> numbers of those that have room.
+    """Questions and their sizes in tokens -> indices of those that have room.
 
     Without skip_long, or if none is left, a ValueError names the others, and `cure` as a way out.
     """
     long = [i for i, size in enumerate(sizes) if size > longest]
     if long:
-        few = [f"{i + 1} ({texts[i][:40]!r}, {sizes[i]:,} tokens)" for i in long[:3]]
+        # By their words, because the questions may be a sample, in another order than the file's.
+        few = [f"{texts[i][:40]!r} ({sizes[i]:,} tokens)" for i in long[:3]]
         problem = (f"no room for {len(long):,} of {len(texts):,} questions, longer than "
-                   f"{max(0, longest):,} tokens: number {', '.join(few)}"
+                   f"{max(0, longest):,} tokens: {', '.join(few)}"
                    + ", ..." * (len(long) > 3))
         if len(long) == len(texts):
             raise ValueError(f"{problem}; {cure}")
