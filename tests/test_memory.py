@@ -341,5 +341,5 @@ if __name__ == "__main__":
     if os.path.isdir(source):
         model = GPT.from_pretrained(source)
     else:
-        model = GPT(GPTConfig(**json.loads(source)))
+        model = GPT(GPTConfig(**json.loads(source) | dict(rope_scaling=())))
     print(json.dumps({name: size - base for name, size in measure(model, args).items()}))
