@@ -165,7 +165,8 @@ def read_trainer(folder):
     cursor = state.get("cursor", {})
     counts = cursor.values() if isinstance(cursor, dict) else [cursor]
     are_counts = all(type(count) is int and count >= 0 for count in counts)
-    if state.get("step") != number_of(folder) or not are_counts:
+    step = state.get("step")
+    if type(step) is not int or step != number_of(folder) or not are_counts:
         raise ValueError(f"{path}: expected the step of this folder and a data cursor, "
                          f"got {json.dumps(state)[:80]}")
     return state
@@ -188,15 +189,17 @@ def open_folder(args, checkpoint, remarks):
         print(f"resuming from {checkpoint}{about}", flush=True)
     made = flags.versions() | dict(begun=f"{datetime.now():%Y-%m-%d %H:%M}")
     write(f"{run}/args.json", json.dumps(vars(args) | made, indent=2))
-    for name in LOGS:
-        cut_log(f"{run}/{name}", number_of(checkpoint) if checkpoint else 0)
+    step = number_of(checkpoint) if checkpoint else 0
+    last, _ = [cut_log(f"{run}/{name}", step) for name in LOGS]
+    if last < step:
+        print(f"{run}/{LOGS[0]}: says nothing about steps {last + 1} to {step}", flush=True)
 
 
 def cut_log(path, step):
-    """Drop lines of steps after `step`, which will be written again, and lines that are broken."""
-    if not os.path.exists(path):
-        return
+    """Drop lines after `step`, which will be written again, and broken ones -> the last step left."""
     kept, broken, last = [], [], 0
+    if not os.path.exists(path):
+        return last
     with open(path, "rb") as file:
         lines = file.readlines()
     for number, line in enumerate(lines, 1):
@@ -215,11 +218,12 @@ def cut_log(path, step):
         print(f"{path}: dropped what is not JSON with a step: line "
               + ", ".join(map(str, broken)), flush=True)
     write(path, b"".join(kept))
+    return last
 
 
 def step_of(line):
     """The step of a line in a log, or None if it is torn or broken."""
-    with suppress(ValueError, TypeError, KeyError):
+    with suppress(ValueError, TypeError, KeyError, RecursionError):
         step = json.loads(line)["step"]
         return step if type(step) is int and line.endswith(b"\n") else None
 

@@ -72,15 +72,18 @@ def load_moments(folder, model, optimizer):
             low, high = max(start, mine.start), min(stop, mine.stop)
             if low < high:
                 rows = target[low - mine.start:high - mine.start]
-                wanted.setdefault(file, []).append((name, slice(low - start, high - start), rows))
+                shape, where = [stop - start, *tensor.shape[1:]], slice(low - start, high - start)
+                wanted.setdefault(file, []).append((name, shape, where, rows))
     for file, pieces in wanted.items():
         with open_tensors(f"{folder}/{file}") as tensors:
-            for name, where, rows in pieces:
-                found = tensors.get_slice(name)[where]
-                if found.shape != rows.shape:
+            for name, shape, where, rows in pieces:
+                found = tensors.get_slice(name)
+                if found.get_shape() != shape:
                     raise ValueError(f"{folder}/{file}: {name} has other rows than index.json "
                                      "says")
-                rows.copy_(found)
+                rows.copy_(found[where])
+                if not rows.isfinite().all():
+                    raise ValueError(f"{folder}/{file}: {name} is not finite (NaN or infinite)")
 
 
 def read_index(folder):
@@ -93,7 +96,8 @@ def read_index(folder):
     try:
         for entry in index.values():
             names, starts, ends = zip(*entry["parts"])
-            if [*starts, entry["shape"][0]] != [0, *ends]:
+            rows = [*starts, entry["shape"][0]]
+            if rows != [0, *ends] or rows != sorted(rows) or {*map(type, rows)} != {int}:
                 raise ValueError
             files.update(names)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):

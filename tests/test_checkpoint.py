@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from data.tokenizer import Tokenizer
 from plumbing import checkpoint, files, moments, parallel
@@ -173,7 +174,9 @@ DAMAGE |= {f"{name} = {content}": (name, overwrite(name, content)) for name, con
     ("trainer.json", b'{"step": 6, "cursor": -1}'), ("trainer.json", b"{}"),
     ("optimizer/index.json", b'{"norm.weight.exp_avg": 3}'),
     ("optimizer/index.json", b'{"norm.weight.exp_avg": {"shape": 32, "parts": [["a", 0, 32]]}}'),
-    ("optimizer/index.json", b'{"norm.weight.exp_avg": {"shape": [32], "parts": [["a", 0, 16], ["b", 17, 32]]}}')]}
+    ("trainer.json", b'{"step": 6.0, "cursor": 48}'),
+    *[("optimizer/index.json", b'{"norm.weight.exp_avg": {"shape": [32], "parts": [["a", 0, %s], ["b", %s, 32]]}}' % ends)
+      for ends in [(b"16", b"17"), (b"16.0", b"16.0"), (b"null", b"null"), (b"40", b"40")]]]}
 DAMAGE |= {"an empty folder": ("config.json", lambda folder: (shutil.rmtree(folder), folder.mkdir())),
            "a file": ("config.json", become_a_file),
            "no moments": ("optimizer/index.json", delete("optimizer")),
@@ -223,13 +226,23 @@ def test_damaged_arguments_are_named_and_written_anew(run, capsys, content):
     assert json.loads((run / "args.json").read_text())["rollouts"] == 8
 
 
-@pytest.mark.parametrize("line", [b'{"step": 2, "rew', b"\0" * 30, b"[2]", b'{"step": "2"}', b'{"loss": 2}', b"\xff", b""])
+@pytest.mark.parametrize("line", [b'{"step": 2, "rew', b"\0" * 30, b"[2]", b'{"step": "2"}', b'{"loss": 2}', b"\xff", b"",
+                                  b"[" * 200_000])
 def test_a_broken_line_inside_a_log_is_dropped_and_named(tmp_path, capsys, line):
     log, rest = tmp_path / "metrics.jsonl", b'{"step": 3}\n'
     log.write_bytes(b'{"step": 1}\n' + line + b"\n" + rest + b'{"step": 4}\n{"st')
     cut_log(str(log), 3)
     assert log.read_bytes() == b'{"step": 1}\n' + rest
     assert capsys.readouterr().out == f"{log}: dropped what is not JSON with a step: line 2\n"
+
+
+@pytest.mark.parametrize("log, missing", [("", "1 to 6"), ('{"step": 1}\n{"step": 2}\n', "3 to 6"), (None, "1 to 6")])
+def test_a_log_that_lacks_steps_of_the_checkpoint_is_named(run, capsys, log, missing):
+    (run / "metrics.jsonl").unlink()
+    if log is not None:
+        (run / "metrics.jsonl").write_text(log)
+    checkpoint.open_folder(arguments(run), f"{run}/step_000006", [])
+    assert capsys.readouterr().out.endswith(f"{run}/metrics.jsonl: says nothing about steps {missing}\n")
 
 
 def test_a_torn_last_line_is_named_only_if_its_step_will_not_come_again(tmp_path, capsys):
@@ -406,7 +419,8 @@ def test_a_rank_reads_its_rows_of_the_moments_and_no_others(tmp_path, monkeypatc
                 tensor = file.get_slice(name)[where]
                 read[parallel.RANK] = read.get(parallel.RANK, 0) + tensor.numel()
                 return tensor
-            return type("Slice", (), {"__getitem__": values})()
+            whole = file.get_slice(name)
+            return type("Slice", (), {"__getitem__": values, "get_shape": lambda _: whole.get_shape()})()
         with open_tensors(path) as file:
             yield SimpleNamespace(get_slice=get_slice)
 
@@ -424,6 +438,18 @@ def test_another_user_may_read_the_moments_if_the_umask_says_so(tmp_path):
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644}
+
+
+@pytest.mark.parametrize("harm, complaint", [
+    (lambda rows: rows * float("nan"), "not finite"), (lambda rows: rows - float("inf"), "not finite"),
+    (lambda rows: torch.cat([rows, rows]), "other rows"), (lambda rows: rows[0], "other rows")])
+def test_moments_that_are_damaged_are_refused_by_name(run, harm, complaint):
+    path, name = run / "step_000006" / RANK_0, "norm.weight.exp_avg"
+    tensors = load_file(path)
+    save_file(tensors | {name: harm(tensors[name])}, path)
+    model, _, optimizer = make_parts()
+    with pytest.raises(ValueError, match=f"{path}: {name} .*{complaint}"):
+        moments.load_moments(str(path.parent), model, optimizer)
 
 
 def test_moments_of_another_model_are_refused(tmp_path):
