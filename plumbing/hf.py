@@ -79,7 +79,7 @@ def read_config(folder):
     path = config_path(folder)
     raw = read_json(path)
     family = raw.get("model_type")
-    if family not in FAMILIES:
+    if family not in list(FAMILIES):  # it may be something that has no hash
         raise ValueError(f"{path}: model_type {family!r} is not implemented; "
                          f"{', '.join(FAMILIES)} are")
     given = {name: value for name, value in raw.items()
@@ -108,9 +108,15 @@ def check_sizes(path, raw):
         if name not in raw and name not in optional:
             raise ValueError(f"{path}: field {name} is missing")
         value = raw.get(name, 1)
-        if name in WHOLE_NUMBERS and not (isinstance(value, int) and value > 0):
+        if name in WHOLE_NUMBERS and not (type(value) is int and value > 0):
             raise ValueError(f"{path}: {name} = {json.dumps(value)} should be a positive whole "
                              "number")
+        if name in ("rope_theta", "rms_norm_eps") and not is_positive(value):
+            raise ValueError(f"{path}: {name} = {json.dumps(value)} should be a positive number")
+
+
+def is_positive(value):
+    return isinstance(value, (int, float)) and 0 < value < float("inf")
 
 
 def config_path(folder):
@@ -159,8 +165,7 @@ def read_rope_field(path, raw, name, rope):
         fields[ORIGINAL] = raw.get(ORIGINAL, fields.get(ORIGINAL, positions))
     theta = fields.pop("rope_theta", raw["rope_theta"])
     for key, value in dict(fields, rope_theta=theta).items():
-        is_number = isinstance(value, (int, float)) and 0 < value < float("inf")
-        if not (isinstance(value, bool) if key == "truncate" else is_number):
+        if not (isinstance(value, bool) if key == "truncate" else is_positive(value)):
             raise ValueError(f"{path}: {name}: {key} = {json.dumps(value)} should be a positive "
                              "number (truncate: true or false)")
     if kind == "yarn":
@@ -274,8 +279,10 @@ def weight_files(folder):
     if not os.path.exists(index):
         raise FileNotFoundError(f"{folder}: neither model.safetensors nor "
                                 "model.safetensors.index.json")
-    names = set(read_json(index).get("weight_map", {}).values())
-    paths = [f"{folder}/{name}" for name in sorted(names)]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or {*map(type, weight_map.values())} != {str}:
+        raise ValueError(f"{index}: expected weight_map, an object of tensors and their files")
+    paths = [f"{folder}/{name}" for name in sorted(set(weight_map.values()))]
     for path in paths:
         if not os.path.exists(path):
             raise FileNotFoundError(f"{path}: listed in model.safetensors.index.json, but not "

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import model as module
 from model import GPT
-from plumbing import hf
+from plumbing import files, hf
 
 FAMILIES = dict(llama=(transformers.LlamaConfig, transformers.LlamaForCausalLM),
                 mistral=(transformers.MistralConfig, transformers.MistralForCausalLM),
@@ -309,8 +309,9 @@ def test_a_missing_field_is_named(folder, name, value):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("hidden_size", "32"), ("num_hidden_layers", 0), ("vocab_size", 96.5), ("num_attention_heads", -4)])
-def test_a_size_that_is_no_size_is_named(folder, name, value):
+    ("hidden_size", "32"), ("num_hidden_layers", 0), ("vocab_size", 96.5), ("num_attention_heads", -4),
+    ("num_key_value_heads", True), ("rms_norm_eps", "1e-5"), ("rms_norm_eps", float("nan")), ("model_type", [3])])
+def test_a_number_that_is_no_number_is_named(folder, name, value):
     edit_config(folder, **{name: value})
     assert_refused(folder, "config.json", name, json.dumps(value))
 
@@ -346,6 +347,13 @@ def test_json_that_is_no_object_is_refused_with_the_files_name(folder, name, con
         (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(content)
     assert_refused(folder, name)
+
+
+@pytest.mark.parametrize("weight_map", [[1], None, {}, {"norm.weight": 3}, {"norm.weight": ["model.safetensors"]}])
+def test_an_index_that_maps_no_tensors_to_files_is_refused(folder, weight_map):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=weight_map)))
+    assert_refused(folder, "model.safetensors.index.json", "weight_map")
 
 
 # ---- weights ----
@@ -409,7 +417,7 @@ def test_an_untied_folder_without_its_head_is_refused(folder):
 def test_a_full_disk_while_saving_is_one_line(tiny_gpt, tmp_path, monkeypatch):
     def full(*_, **__):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    monkeypatch.setattr(hf, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError, match=r"model\.safetensors: .*No space left on device") as caught:
         tiny_gpt.save_pretrained(tmp_path)
     assert "\n" not in str(caught.value)
