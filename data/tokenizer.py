@@ -204,34 +204,24 @@ def read_folder(folder):
     if "tokenizer.json" not in files:
         raise FileNotFoundError(f"{folder}: there is no tokenizer.json in this folder"
                                 f"{newest_hint(folder)}")
+    source, config, older = (read_json(folder / name) if name in files else {}
+                             for name in FILES[:3])
+    if "added_tokens_decoder" not in config:  # else transformers does not read the older file
+        config |= older
     try:
-        source, config, older = [parse_object(name, files.get(name, "{}")) for name in FILES[:3]]
-        if "added_tokens_decoder" not in config:  # else transformers does not read the older file
-            config |= older
-        if "chat_template.jinja" in files:
-            config["chat_template"] = files["chat_template.jinja"].decode()
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-    try:
+        name = "chat_template.jinja"
+        if name in files:
+            config["chat_template"] = files[name].decode()
+        name = "tokenizer.json"
         arguments = convert(source)
     except ValueError as error:
-        raise ValueError(f"{folder / 'tokenizer.json'}: {error}") from None
+        raise ValueError(f"{folder / name}: {error}") from None
     eos = config.get("eos_token")
     eos = eos["content"] if isinstance(eos, dict) else eos
     if eos and eos not in arguments["special"]:
         raise ValueError(f"{folder}: tokenizer_config.json or special_tokens_map.json: eos_token: "
                          f"{eos!r} is not among tokenizer.json's added_tokens")
     return arguments | dict(eos=eos, config=config, files=files) | read_model(folder)
-
-
-def parse_object(name, content):
-    try:
-        parsed = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is not JSON: {error}") from None
-    if not isinstance(parsed, dict):
-        raise ValueError(f"{name}: expected a JSON object")
-    return parsed
 
 
 def read_model(folder):

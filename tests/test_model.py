@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import model as module
 from model import GPT
-from plumbing import files, hf
+from plumbing import files
 
 FAMILIES = dict(llama=(transformers.LlamaConfig, transformers.LlamaForCausalLM),
                 mistral=(transformers.MistralConfig, transformers.MistralForCausalLM),

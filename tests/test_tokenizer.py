@@ -304,7 +304,7 @@ def test_load_errors_say_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="its newest checkpoint is .*/step_000150"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(ValueError, match="tokenizer.json is not JSON"):
+    with pytest.raises(ValueError, match="/tokenizer.json: broken JSON"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("[]")
     with pytest.raises(ValueError, match="tokenizer.json: expected a JSON object"):
@@ -315,6 +315,16 @@ def test_load_errors_say_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
     with pytest.raises(ValueError, match="TIKTOKEN_CACHE_DIR"):
         Tokenizer.load("gpt2")
+
+
+@pytest.mark.parametrize("name, content", [
+    ("tokenizer.json", "[]"), ("tokenizer.json", "[" * 200_000), ("tokenizer_config.json", "{"),
+    ("tokenizer_config.json", "[]"), ("chat_template.jinja", b"\xff")])
+def test_a_damaged_file_is_named(sources, tmp_path, name, content):
+    write(tmp_path, sources["qwen"])
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"/{name}: "):
+        Tokenizer.load(tmp_path)
 
 
 def test_config_names_the_eos_before_any_guess(sources, tmp_path):
