@@ -40,8 +40,8 @@ from model import GPT, read_config
 from objectives import Group
 from objectives.rpt import ask, predictions
 from plumbing.batch import cut, flatten
+from plumbing.checkpoint import check_weights
 from plumbing.files import write
-from plumbing.hf import weight_files
 from plumbing.log import RolloutBar, dump, in_words, other_lines
 from plumbing.truncate import truncation
 from reward import box_at_once, extract_prediction, prefix_match
@@ -330,7 +330,7 @@ def fill_in_length(args):
 def check_paths(args, corpus=None):
     """Look at every path before hours of work; make the folders of --out and --dump."""
     for checkpoint in args.checkpoints:
-        weight_files(checkpoint)
+        check_weights(checkpoint)
         tokenizer = Tokenizer.load(checkpoint, for_model=True)
         if corpus:
             corpus.check(tokenizer, checkpoint)
@@ -343,19 +343,22 @@ def check_paths(args, corpus=None):
         other_lines(args.dump, [])
 
 
-def evaluate_each(evaluate, what, asked, args, results=()):
-    """-> `results` and the lines of each checkpoint; --out is written after each of them.
+def evaluate_each(evaluate, show, what, asked, args, results=()):
+    """Print `results` and the lines of each checkpoint, and write --out after each of them.
 
-    what: is asked, in words.
+    what: is asked, in words. show: prints the table, also if a later checkpoint cannot be read.
     """
     results = list(results)
-    for checkpoint in args.checkpoints:
-        print(f"{checkpoint}: {what}", flush=True)
-        results += evaluate(checkpoint, *asked, args)
-        if args.out:
-            write(args.out, json.dumps(results, indent=1))
-            print(f"written to {args.out}", flush=True)
-    return results
+    try:
+        for checkpoint in args.checkpoints:
+            print(f"{checkpoint}: {what}", flush=True)
+            results += evaluate(checkpoint, *asked, args)
+            if args.out:
+                write(args.out, json.dumps(results, indent=1))
+                print(f"written to {args.out}", flush=True)
+    finally:
+        if results:
+            show(results)
 
 
 def parse_args():
@@ -393,6 +396,5 @@ if __name__ == "__main__":
     positions, splits = choose_positions(corpus, scores, args.positions, args.seed)
     results = read_beside(args.beside, splits, args.seed) if args.beside else []
     check_paths(args, corpus)
-    results = evaluate_each(evaluate, f"{len(positions)} held-out positions",
-                            (corpus, positions, splits), args, results)
-    print_table(results)
+    evaluate_each(evaluate, print_table, f"{len(positions)} held-out positions",
+                  (corpus, positions, splits), args, results)

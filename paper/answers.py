@@ -82,7 +82,7 @@ def evaluate_all(evaluate, questions, args):
     fill_in_length(args)
     check_paths(args)
     questions = choose_questions(questions, args.limit, args.seed)
-    print_subjects(evaluate_each(evaluate, f"{len(questions)} questions", (questions,), args))
+    evaluate_each(evaluate, print_subjects, f"{len(questions)} questions", (questions,), args)
 
 
 def print_subjects(results):
