@@ -110,11 +110,12 @@ def ntp_update(model, optimizer, batches, total_weight, grad_clip):
         part = -(batch.advantages * logprobs).sum() / total_weight
         part.backward()
         loss += part.detach()
+    [loss] = parallel.total(loss.item())
+    model.finite(torch.tensor(loss))
     grad_norm = clip_gradients(model, grad_clip)
     if not math.isfinite(grad_norm):
         raise ValueError(f"gradient norm is {grad_norm}: the update was not applied; lower --lr")
     optimizer.step()
-    [loss] = parallel.total(loss.item())
     return loss, grad_norm
 
 
