@@ -1,5 +1,4 @@
 """Files that are complete or do not exist, and a folder that one process writes at a time."""
-import glob
 import json
 import os
 import re
@@ -123,8 +122,9 @@ def sign(locked):
 
 def checkpoints(run):
     """Everything that is named like a checkpoint in the folder of a run, newest first."""
-    found = [path for path in glob.glob(f"{glob.escape(run)}/step_*")
-             if re.fullmatch(r"step_\d{6,}", os.path.basename(path))]
+    # Not by glob, which would find RUN/step_000001 in "RUN/": another name than `save` gave it.
+    names = os.listdir(run) if os.path.isdir(run) else []
+    found = [f"{run}/{name}" for name in names if re.fullmatch(r"step_\d{6,}", name)]
     return sorted(found, key=number_of, reverse=True)
 
 

@@ -253,6 +253,18 @@ def test_a_torn_last_line_is_named_only_if_its_step_will_not_come_again(tmp_path
         assert log.read_text() == '{"step": 1}\n' and capsys.readouterr().out == said
 
 
+@pytest.mark.parametrize("written", ["{}/", "{}//", "{}/../run/"])
+def test_a_folder_that_ends_with_a_slash_keeps_its_moments(corpus, base, tmp_path, written):
+    line = command("train_ntp.py", corpus, base, written.format(tmp_path / "run"), steps=2, save_every=1)
+    (tmp_path / "run").mkdir()
+    assert run_here(*line)[0] == 0
+    assert [path.parent.name for path in (tmp_path / "run").glob("*/optimizer")] == ["step_000002"]
+    code, out, _ = run_here(*line, "--resume", "--steps", 3, "--keep", 1)
+    assert code == 0 and out.startswith("resuming from ") and "2; changed: " in out, out
+    assert [path.parent.name for path in (tmp_path / "run").glob("*/optimizer")] == ["step_000003"]
+    assert [path.name for path in (tmp_path / "run").glob("step_*")] == ["step_000003"]
+
+
 # ---- saving ------------------------------------------------------------------------------------------------
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
