@@ -196,7 +196,7 @@ def open_folder(args, checkpoint, remarks):
 
 
 def cut_log(path, step):
-    """Drop lines after `step`, which come again, and those that are broken -> the last step left."""
+    """Drop lines after `step`, which come again, and broken ones -> the last step that is left."""
     kept, broken, last = [], [], 0
     if not os.path.exists(path):
         return last
