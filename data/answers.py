@@ -144,14 +144,15 @@ NOT_UNITS = r"""
     |(?:ten|hundred|thousand|[a-z]*illion)(?:th)?s?
     |(?:third|four|fif|six|seven|eigh|nin|eleven|twelf|[a-z]+teen|[a-z]+tie)(?:th)?s?|quarters?
     |fourty|nineths?|hundreths?|hal(?:f|ve)[sd]?|lakhs?|lacs?|crores?|arabs?|kharabs?|myriads?
-    |googols?|dozens?|scores?|gross(?:es)?|grands?|pairs?|trios?|[a-z]*fold|multiples?
+    |googols?|dozens?|scores?|gross(?:es)?|grands?|pairs?|couples?|trios?|quartets?|[a-z]*fold|wan
+    |multiples?|n[ao]ughts?|nil|quads?|ratio|proportion|decimals?|dot|carry|each|wrong|false|true
     |(?:doub|trip|[a-z]*up)le[sd]?|once|twice|thrice|kilo|mega|giga|tera|peta|exa|hecto|deca|deci
     |centi|milli|micro|nano|pico|femto|mil|thou|per(?:mille|centiles?)?|promille|basis|and|nor|not
     |plus|minus|negative|opposite|complement|times|divided|multiplied|raised|over|under|above|below
     |more|less|fewer|(?:great|larg|bigg|high|small|low|old|young)er|than|from|off|out|past|ago|mod
     |modulo|choose|squared?|cubed?|cubic|roots?|rooted|radical|factorial|power|exponent|inverse
     |reciprocal|imaginary|infinit[ey]|undefined|excluded|recurring|repeating|bar|remainder|prime
-    |base|binary|octal|hex|hexadecimal|approximately|approx|about|log|(?:arc)?(?:sin|cos|tan)|sine
+    |base|binary|octal|hex|hexadecimals?|approximately|approx|about|log|(?:arc)?(?:sin|cos|tan)|sine
     |cosine|tangent|exp|alpha|beta|gamma|delta|epsilon|zeta|theta|kappa|lambda|sigma|omega|phi|chi
     |rho|tau|eta|iota|omicron|upsilon"""
 SHORT = "[cdkmn]?m|[km]?g|[cdm][lL]|[hs]|ms|k?Hz|k?Pa|k[JNWV]|ft|in|yd|mi|lbs?|oz|hrs?|yrs?|[km]ph"

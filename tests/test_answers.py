@@ -114,7 +114,8 @@ COUNTING = """thirds quarters sevenths twentieths hundredths half lakh crore doz
     grand hundred Million fold squared cubed factorial repeating binary plus below negative theta
     more pi mod per xyz sevens twenties greater older grosses googol arab fourty hundreth multiples trios
     peta pico opposite complement raised ago past infinite undefined imaginary excluded cosine arctan
-    zeta exponent radical""".split()
+    zeta exponent radical wan naughts noughts nil quad ratio proportion decimal dot carry each wrong false true
+    couple quartets hexadecimals""".split()
 # (what it guards, an answer, another)
 UNEQUAL = [
     *[(f"5 {word}", f"5 {word}", "5") for word in COUNTING],
