@@ -330,8 +330,8 @@ def fill_in_length(args):
 def check_paths(args, corpus=None):
     """Look at every path before hours of work; make the folders of --out and --dump."""
     for checkpoint in args.checkpoints:
-        check_weights(checkpoint)
         tokenizer = Tokenizer.load(checkpoint, for_model=True)
+        check_weights(checkpoint)
         if corpus:
             corpus.check(tokenizer, checkpoint)
     for path in filter(None, (args.out, args.dump)):
