@@ -36,9 +36,7 @@ if __name__ == "__main__":  # the repository, not bench/, is where imports start
 import kernels
 import sample
 from bench.common import QWEN, SMOLLM2, limits, random_prompts
-from kernels import linear as linear_module
 from kernels.attention import make_layout
-from kernels.linear import linear_kernel
 from kernels.logprob import launch_logprob, sample as sample_tokens
 from model import GPT, GPTConfig
 from plumbing import flags
@@ -371,58 +369,6 @@ def update():
             model.zero_grad()
 
 
-def tiles():
-    """The bitwise product with other tiles: how fast, and does a row keep its bits?"""
-    shapes = [(256, 256, 1536), (256, 1536, 1536), (256, 2048, 1536), (256, 8960, 1536),
-              (256, 17_920, 1536), (256, 1536, 8960), (64, 256, 1536), (64, 1536, 1536),
-              (64, 8960, 1536), (64, 1536, 8960), (256, 192, 576), (256, 576, 576),
-              (256, 1536, 576), (256, 576, 1536), (16_384, 256, 1536), (16_384, 1536, 1536),
-              (16_384, 8960, 1536), (16_384, 1536, 8960)]
-    choices = [(64, 128, 4, 4), (64, 64, 4, 4), (64, 64, 4, 6), (64, 32, 4, 6), (64, 16, 4, 6),
-               (128, 32, 4, 5), (128, 64, 4, 4), (128, 64, 8, 5), (128, 128, 8, 3),
-               (128, 128, 8, 4), (128, 256, 8, 3), (64, 256, 4, 3)]
-    if is_tiny:
-        shapes, choices = [(70, 40, 64)], choices[:2]
-    for N, O, D in shapes:
-        # As many weights as overflow the L2 cache, one after the other in a graph: in a decode step
-        # every weight comes from memory, and launches cost what they cost there.
-        copies = 2 if is_tiny else max(2, 150_000_000 // (2 * O * D)) if N < 1000 else 2
-        weights = (torch.randn(copies, O, D, device="cuda") / D**0.5).to(BF16)
-        x, found, default = torch.randn(N, D, device="cuda").to(BF16), [], None
-        out = torch.empty(N, O, dtype=BF16, device="cuda")
-        for BM, BN, warps, stages in choices:
-            launch = linear_kernel[kernels.triton.cdiv(N, BM) * kernels.triton.cdiv(O, BN),]
-
-            def products():
-                for weight in weights:
-                    launch(x, weight, None, None, out, N, O, D, False, False,
-                           linear_module.ACROSS, BM, BN, linear_module.BK, "tf32",
-                           **kernels.launch_options("bitwise", warps, stages))
-
-            try:
-                us = time_graph(products) / copies * 1e3
-            except kernels.triton.OutOfResources as error:
-                found.append((BM, BN, warps, stages, str(error)[:60]))
-                continue
-            default = out.clone() if default is None else default
-            found.append((BM, BN, warps, stages, round(us, 1), torch.equal(out, default)))
-        cublas = time_graph(lambda: [x @ weight.T for weight in weights]) / copies * 1e3
-        say("tiles of the product", N=N, O=O, D=D, cublas_us=round(cublas, 1),
-            BM_BN_warps_stages_us_samebits=found)
-
-
-def time_graph(call):
-    """Median milliseconds of call() as a CUDA graph."""
-    call()
-    if is_tiny:
-        return 1.0
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return time_ms(graph.replay, 5, 1)
-
-
 def head():
     """Log-probs of 16k tokens and sampling of 256 rows, over a vocabulary of 152k."""
     N, B, D, V = (20, 20, 16, 300) if is_tiny else (16_384, 256, 1536, 151_936)
@@ -502,13 +448,13 @@ def sanitizer():
 
 
 # name: (function, seconds that it took on an H100, limit in seconds)
-STEPS = {"env": (env, 12, 60), "tests": (tests, 45, 120), "gap": (gap, 45, 90),
-         "fsdp": (fsdp, 25, 60), "rpt": (rpt, 45, 150), "decode": (decode, 60, 90),
-         "update": (update, 45, 90), "head": (head, 10, 30), "rollouts": (rollouts, 45, 60),
-         "sizes": (sizes, 60, 90), "speed": (speed, 80, 120), "tiles": (tiles, 35, 60),
-         "launches": (launches, None, 120), "sanitizer": (sanitizer, None, 300)}
-# Only for who changes tiles, or of unknown length.
-NOT_USUAL = {"tiles", "launches", "sanitizer"}
+STEPS = {"env": (env, 5, 60), "tests": (tests, 70, 120), "gap": (gap, 70, 120),
+         "fsdp": (fsdp, 16, 60), "rpt": (rpt, 45, 150), "decode": (decode, 30, 90),
+         "update": (update, 45, 90), "head": (head, 7, 30), "rollouts": (rollouts, 25, 60),
+         "sizes": (sizes, 65, 120), "speed": (speed, 80, 120),
+         "launches": (launches, None, 120), "sanitizer": (sanitizer, 82, 300)}
+# Long, and of use to who changes a kernel.
+NOT_USUAL = {"launches", "sanitizer"}
 
 
 def print_plan():

@@ -43,7 +43,8 @@ def open_tensors(path):
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or incomplete ({error})") from None
+        raise ValueError(f"{path}: damaged or incomplete ({error}); copy or download it "
+                         "again") from None
 
 
 def write(path, text):

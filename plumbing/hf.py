@@ -18,10 +18,9 @@ from pathlib import Path
 if __name__ == "__main__":  # imports start at the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch
-from safetensors import SafetensorError, safe_open
 
 from plumbing import flags, parallel
-from plumbing.files import newest_hint, read_json, save_tensors
+from plumbing.files import newest_hint, open_tensors, read_json, save_tensors, write
 
 FILE_BYTES = 5 * 10**9  # of one safetensors file; one file is in memory at a time
 
@@ -262,13 +261,9 @@ def check_shape(path, name, tensor, weight):
 
 def read_tensors(path):
     """Yield (name, tensor) of a safetensors file; slicing the tensor reads its values."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():
-                yield key, file.get_slice(key)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or incomplete ({error}); copy or download it "
-                         "again") from None
+    with open_tensors(path) as file:
+        for key in file.keys():
+            yield key, file.get_slice(key)
 
 
 def weight_files(folder):
@@ -386,8 +381,7 @@ def index_of(files):
 
 
 def write_json(path, content):
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
+    write(path, json.dumps(content, indent=2))
 
 
 # ---- the command ----
@@ -409,12 +403,12 @@ def convert(source, out, dtype):
     try:
         copy_files(Path(source), partial)
         config = read_json(config_path(source))
-        write_json(partial / "config.json", with_dtype(config, dtype))
+        write_json(f"{partial}/config.json", with_dtype(config, dtype))
         total = sum(convert_file(path, partial / Path(path).name, dtype) for path in paths)
         if not (partial / "model.safetensors").exists():
             name = "model.safetensors.index.json"
             index = read_json(f"{source}/{name}")
-            write_json(partial / name, index | dict(metadata=dict(total_size=total)))
+            write_json(f"{partial}/{name}", index | dict(metadata=dict(total_size=total)))
         os.rename(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -151,4 +151,4 @@ def test_every_step_of_the_rehearsal_ends_well(tmp_path):
     assert code == other_code == 0
     whats = {fact["what"] for name in ("long", "short") for fact in facts(tmp_path / name / "out")}
     assert {"env", "logp_gap", "FSDP2, one rank", "RPT run", "decode step", "micro-batch", "head",
-            "sampling", "pytest", "tiles of the product", "launches", "sanitizer", "step"} <= whats
+            "sampling", "pytest", "launches", "sanitizer", "step"} <= whats
