@@ -178,6 +178,8 @@ def refuse_windows(path, raw, family):
     """Drop the fields about sliding windows if no token can lie outside of one; else refuse."""
     window, used = raw.pop("sliding_window"), raw.pop("use_sliding_window", False)
     layer_types = raw.pop("layer_types", [])
+    if not isinstance(layer_types, list) or {*map(type, layer_types)} - {str}:
+        raise refusal(path, "layer_types", layer_types)
     others = set(layer_types) - {"full_attention"}
     is_wide = isinstance(window, int) and window >= raw["max_position_embeddings"]
     if is_wide and others <= {"sliding_attention"}:
@@ -201,6 +203,8 @@ def read_chunks(path, raw):
     if chunks is None:
         return
     sizes = dict(chunks) if isinstance(chunks, dict) else {}
+    if {*map(type, sizes.values())} != {int}:
+        raise refusal(path, name, chunks)
     longest = sizes.pop(ORIGINAL, float("inf"))
     if sizes.keys() != {"chunk_size", "local_size"} or sizes["chunk_size"] <= sizes["local_size"]:
         raise refusal(path, name, chunks)

@@ -257,6 +257,7 @@ def test_a_window_that_no_token_can_leave_is_fine(tmp_path, family, fields):
                                      max_position_embeddings=4097)),
     ("qwen3", "layer_types", dict(sliding_window=63, use_sliding_window=True,
                                   layer_types=["full_attention"] * 2 + ["sliding_attention"])),
+    *[("llama", "layer_types", dict(layer_types=damage)) for damage in (5, "full_attention", [["full_attention"]])],
 ], ids=str)
 def test_a_window_that_a_token_can_leave_is_refused(tmp_path, family, name, fields):
     random_model(family).save_pretrained(tmp_path)
@@ -282,7 +283,7 @@ def test_a_model_that_attends_in_chunks_goes_no_further_than_the_first(tmp_path)
 
 
 @pytest.mark.parametrize("chunks", [dict(chunk_size=48), CHUNKS | dict(local_size=48), [48, 8],
-                                    CHUNKS | dict(sparse_attention_enabled=True)], ids=str)
+                                    CHUNKS | dict(sparse_attention_enabled=True), CHUNKS | dict(chunk_size="48")], ids=str)
 def test_chunks_that_are_not_understood_are_refused(folder, chunks):
     edit_config(folder, dual_chunk_attention_config=chunks)
     assert_refused(folder, "dual_chunk_attention_config")
