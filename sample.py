@@ -64,7 +64,7 @@ class Rollout:
 
 @torch.no_grad()
 def generate(model, prompts, n, max_new_tokens, temperature, stop_ids, seed, first_prompt=0,
-             max_rows=256, kv_gb=None, on_tokens=None, truncate=None):
+             max_rows=256, kv_gb=None, on_tokens=None, truncate=None, is_end=None):
     """n rollouts for each of N prompts (lists of token ids) -> [[Rollout] * n for each prompt].
 
     temperature: 0 takes the most probable token, with its log-prob at temperature 1.
@@ -75,6 +75,8 @@ def generate(model, prompts, n, max_new_tokens, temperature, stop_ids, seed, fir
         10^9 bytes (default: what `kv_budget` says).
     on_tokens: called with [(prompt, number, token), ...] and how many rollouts have ended so far.
     truncate: from plumbing/truncate.py. Not for training: log-probs are then not the policy's.
+    is_end: called with the ids of a rollout after each of its tokens; True ends it there, as a
+        stop token would. For ends that are not a token of their own.
     ValueError for an empty prompt, one that leaves no room, or arguments out of range.
     """
     check_request(model, prompts, n, max_new_tokens, temperature, stop_ids)
@@ -82,7 +84,8 @@ def generate(model, prompts, n, max_new_tokens, temperature, stop_ids, seed, fir
         return []
     # The cache knows how many rows and slots fit into memory, the schedule fills them.
     cache = Cache(model, prompts, n, max_new_tokens, max_rows, kv_gb)
-    schedule = Schedule(prompts, n, cache.B, cache.S, stop_ids, max_new_tokens, model.source)
+    schedule = Schedule(prompts, n, cache.B, cache.S, stop_ids, max_new_tokens, model.source,
+                        is_end)
     # A rollout's randomness comes from its own key, whatever row it gets and when.
     keys = random_keys(range(first_prompt, first_prompt + len(prompts)), n, seed)        # (N, n)
     draw_tokens = partial(draw_next, model, temperature, truncate)
@@ -214,12 +217,14 @@ class Schedule:
     its first rollout starts, and frees it when the last of its n rollouts has ended.
     """
 
-    def __init__(self, prompts, n, B, S, stop_ids, max_new_tokens, source="this model"):
+    def __init__(self, prompts, n, B, S, stop_ids, max_new_tokens, source="this model",
+                 is_end=None):
         # Sorted, so that prompts of similar length are computed together and padding is short.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         self.prompts = prompts
         self.source = source    # whose tokens these are, for an error
         self.stop_ids = set(stop_ids)
+        self.is_end = is_end
         self.max_new_tokens = max_new_tokens
         self.rollouts = [[Rollout() for _ in range(n)] for _ in prompts]
         self.ended = 0
@@ -280,7 +285,8 @@ class Schedule:
                                  "have diverged")
             rollout.tokens.append(token)
             rollout.logprobs.append(logprob)
-            rollout.finished = token in self.stop_ids
+            rollout.finished = (token in self.stop_ids
+                                or bool(self.is_end and self.is_end(rollout.tokens)))
             if on_tokens:
                 drawn.append((prompt, number, token))
             if rollout.finished or len(rollout.tokens) == self.max_new_tokens:

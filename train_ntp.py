@@ -29,7 +29,7 @@ from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 from plumbing.batch import Example, count_tokens, idle_micro_batch, pack
 from plumbing.checkpoint import Run
-from plumbing.log import append, read_metrics
+from plumbing.log import append, flops_of_run
 from plumbing.optimizer import clip_gradients, make_optimizer
 
 # The model of the demo: it can learn to think one step at a time, but not all steps at once.
@@ -173,14 +173,6 @@ def learning_rate(step, args):
     warmup = (step + 1) / max(1, args.warmup_steps)
     decay = 2 * (args.steps - step) / args.steps
     return args.lr * min(1, warmup, decay)
-
-
-def flops_of_run(run, parameters, updates_only=False):
-    """FLOPs that an RPT run has spent on sampling and updates, or on updates alone."""
-    steps = read_metrics(run)
-    if updates_only:
-        return sum(6 * parameters * step["trained_tokens"] for step in steps)
-    return sum(step["flops"] for step in steps)
 
 
 def parse_args():

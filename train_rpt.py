@@ -34,7 +34,7 @@ from model import GPT, read_config
 from objectives import Group
 from plumbing.batch import idle_micro_batch, pack
 from plumbing.checkpoint import Run
-from plumbing.log import RolloutBar, StepLog, save_batch
+from plumbing.log import RolloutBar, StepLog, flops_of_run, save_batch
 from plumbing.optimizer import clip_gradients, make_optimizer
 from sample import generate
 
@@ -86,7 +86,8 @@ def collect(sampler, objective, step, cursor, args, log):
             rollouts = generate(
                 sampler, prompts, args.rollouts, args.max_new_tokens, args.temperature,
                 stop_ids(objective.tokenizer), seed=(args.seed, step, draw),
-                first_prompt=mine.start, max_rows=args.max_rows, kv_gb=args.kv_gb, on_tokens=bar)
+                first_prompt=mine.start, max_rows=args.max_rows, kv_gb=args.kv_gb, on_tokens=bar,
+                is_end=objective.is_end)
         log.lap("gen")
 
         # The objective fills in what each rollout predicts and what that is worth.
@@ -112,12 +113,13 @@ def collect(sampler, objective, step, cursor, args, log):
     return groups, everything, cursor
 
 
-def policy_update(model, optimizer, batches, total_tokens, args):
+def policy_update(model, optimizer, batches, size, args):
     """One step along the policy gradient (or --updates-per-batch of them) -> its metrics.
 
-    batches: this rank's MicroBatches. total_tokens: rollout tokens of all ranks, those of groups
-    without a gradient included. Dividing by it gives the same update however the batch is cut into
-    micro-batches and shares. An update that is not finite is not applied: ValueError.
+    batches: this rank's MicroBatches. size: of the batch, over all ranks: for a mean over tokens
+    the rollout tokens, those of groups without a gradient included. Dividing by it gives the same
+    update however the batch is cut into micro-batches and shares. An update that is not finite is
+    not applied: ValueError.
     """
     idle = idle_micro_batch(model.device)
     sums = torch.zeros(3, dtype=torch.float64, device=model.device)   # loss, clipped, gap
@@ -133,7 +135,7 @@ def policy_update(model, optimizer, batches, total_tokens, args):
             if args.importance_cap:
                 # A token that the sampler drew too often counts less, one drawn too rarely more.
                 losses = losses * drift.exp().clamp(max=args.importance_cap)
-            loss = losses.sum() / total_tokens
+            loss = losses.sum() / size
             loss.backward()
             if batch is not idle:
                 parts = loss.detach().double(), clipped.sum(), drift.abs().sum()
@@ -157,10 +159,6 @@ def policy_update(model, optimizer, batches, total_tokens, args):
     tokens = updates * tokens or math.nan               # NaN: no group had a gradient
     return dict(loss=loss / updates, clip_frac=clipped / tokens, logp_gap=gap / tokens,
                 grad_norm=grad_norm, trained_tokens=updates * trained)
-
-
-def count_rollout_tokens(groups):
-    return sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
 
 
 def check_prompts_fit(longest_prompt, args):
@@ -193,6 +191,8 @@ def parse_args(words=None):
         help="text: a name in data/prompt.py, such as short; answers: chat or short")
     # sampling
     add("--steps", type=at_least(1), default=1000, help="training steps, a batch each")
+    add("--match-compute", metavar="RUN",
+        help="end before --steps, once this run has spent as many FLOPs as that one")
     add("--batch-size", type=at_least(1), default=256, help="positions in a batch, over all ranks")
     add("--rollouts", type=at_least(2), default=8, metavar="G", help="thoughts about each position")
     add("--max-prompt-tokens", type=at_least(1), default=4096,
@@ -250,6 +250,12 @@ if __name__ == "__main__":
     optimizer = make_optimizer(model, args.lr, BETAS, bf16_moments=args.bf16_moments)
     run.open(model, optimizer)
     log = StepLog(args, model, tokenizer)
+    budget, spent = math.inf, 0
+    if args.match_compute:
+        budget = flops_of_run(args.match_compute)
+        spent = flops_of_run(args.out_dir) if run.step else 0
+    if spent >= budget:
+        args.steps = run.step
     parallel.print0(f"{log.parameters:,} parameters, {len(objective.positions):,} positions, "
                     f"steps {run.step} to {args.steps} of {args.batch_size} x {args.rollouts} "
                     "rollouts")
@@ -266,10 +272,10 @@ if __name__ == "__main__":
         advantages = group_advantages(rewards, args.normalize_advantage).tolist()        # (N, G)
 
         # UPDATE: one step along the policy gradient.
-        [total_tokens] = parallel.total(count_rollout_tokens(groups))
-        examples = objective.examples(groups, advantages)
+        examples, size = objective.examples(groups, advantages, step)
         batches = pack(examples, args.tokens_per_micro_batch, device)
-        update = policy_update(model, optimizer, batches, total_tokens, args)
+        [size] = parallel.total(size)
+        update = policy_update(model, optimizer, batches, max(size, 1), args)
         # Gradients and micro-batches make room for the next sampling.
         optimizer.zero_grad()
         del batches
@@ -277,8 +283,10 @@ if __name__ == "__main__":
 
         # LOG and SAVE.
         run.step, run.cursor = step + 1, cursor
+        spent += log.write(run.step, everything, update)["flops"]
+        if spent >= budget:
+            args.steps = run.step
         is_over = run.is_over()
-        log.write(run.step, everything, update)
         if is_over or run.is_due():
             run.save(model, tokenizer, optimizer)
         if is_over:

@@ -66,8 +66,8 @@ def prompts_of(groups):
 def update(model, optimizer, groups, budget):
     """An update with a gradient for every rollout -> its metrics. budget: of a micro-batch."""
     advantages = [[1.0] * len(group.rollouts) for group in groups]
-    batches = pack(Base.examples(None, groups, advantages), budget, model.device)
-    tokens = train_rpt.count_rollout_tokens(groups)
+    examples, tokens = Base.examples(None, groups, advantages, 0)
+    batches = pack(examples, budget, model.device)
     return train_rpt.policy_update(model, optimizer, batches, tokens, UPDATE)
 
 

@@ -8,11 +8,13 @@
     longest_prompt()                     -> tokens of the longest prompt there is
     score(policy, groups)                fills in the predictions and rewards of each Group
     is_right(prediction, truth)          the yardstick of the metric "accuracy", whatever is paid
-    examples(groups, advantages)         -> what the update sees: by default every rollout behind
-                                         its prompt, with its advantage on each token
+    is_end(tokens)                       -> does a rollout end here, beside the usual stop tokens?
+    examples(groups, advantages, step)   -> what the update sees, and the size that its loss is
+                                         divided by: by default every rollout behind its prompt,
+                                         its advantage on each token, and the number of tokens
 
-`Base` implements `take`, `is_right` and `examples`. A file that you add to this folder is found by
-its name.
+`Base` implements all but `question`, `longest_prompt` and `score`. A file that you add to this
+folder is found by its name; docs/objectives.md compares them and shows how to write one.
 """
 import importlib
 import os
@@ -41,6 +43,8 @@ class Group:
     rewards: list = field(default_factory=list)          # numbers
     hits: list = field(default_factory=list)             # whether each prediction is right
     scoring_tokens: int = 0                              # read by the policy to score the group
+    measures: dict = field(default_factory=dict)         # {name: numbers}, for metrics.jsonl
+    kept: list = field(default_factory=list)             # by `score`, for `examples`
 
     @property
     def has_signal(self):
@@ -50,6 +54,7 @@ class Group:
 
 class Base:
     """What most objectives share. Subclasses set `positions`, a list or array."""
+    is_end = None   # or a method: tokens of a rollout so far -> whether it ends here
 
     def __init__(self, args, tokenizer, config):
         self.args = args
@@ -66,18 +71,41 @@ class Base:
         """Is it what really follows? As in eval.py, and not to be edited along with a reward."""
         return prefix_match(prediction, truth) == 1
 
-    def examples(self, groups, advantages):
-        """Groups, and G advantages for each -> Examples for `pack`, where there is a gradient."""
-        examples = []
+    def examples(self, groups, advantages, step):
+        """Groups, and G advantages for each -> Examples for `pack`, and the size of the batch.
+
+        A rollout without an advantage has no gradient and is left out, but its tokens count: the
+        loss is a mean over all rollout tokens of the batch.
+        """
+        examples, size = [], 0
         for group, values in zip(groups, advantages):
-            if any(values):
-                rollouts = [rollout.tokens for rollout in group.rollouts]
+            size += sum(len(rollout.tokens) for rollout in group.rollouts)
+            trained = [(a, rollout) for a, rollout in zip(values, group.rollouts) if a]
+            if trained:
                 examples.append(Example(
                     prompt=group.question.prompt,
-                    rollouts=rollouts,
-                    advantages=[[a] * len(tokens) for a, tokens in zip(values, rollouts)],
-                    logprobs=[rollout.logprobs for rollout in group.rollouts]))
-        return examples
+                    rollouts=[rollout.tokens for _, rollout in trained],
+                    advantages=[[a] * len(rollout.tokens) for a, rollout in trained],
+                    logprobs=[rollout.logprobs for _, rollout in trained]))
+        return examples, size
+
+    def lessons(self, group):
+        """-> rollouts worth imitating, lists of ids (paper/own_rollouts.py)."""
+        return [r.tokens for r, reward in zip(group.rollouts, group.rewards) if reward == 1]
+
+
+class OnAnyTask(Base):
+    """For objectives that only change the update: about text (--corpus) or questions (--data)."""
+
+    def __init__(self, args, tokenizer, config):
+        super().__init__(args, tokenizer, config)
+        if bool(args.corpus) == bool(args.data):
+            raise ValueError(f"--objective {args.objective} needs either --corpus or --data")
+        task = load("answers" if args.data else "rpt")(args, tokenizer, config)
+        # What is asked and what is right.
+        self.positions, self.question = task.positions, task.question
+        self.longest_prompt, self.score, self.is_right = (task.longest_prompt, task.score,
+                                                          task.is_right)
 
 
 def names():

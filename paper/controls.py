@@ -1,6 +1,6 @@
 """Is it the thinking, or something cheaper? Controls and ablations of RPT on the embedded model.
 
-    python paper/controls.py --seeds 0 1 2                about 35 minutes a seed on one core
+    python paper/controls.py --seeds 0 1 2                about 80 minutes a seed on one core
     python paper/controls.py --seeds 0 --only rpt ntp     some of them
 
 After Ctrl-C the same command continues. Each seed has its own corpus, base model and filter
@@ -10,7 +10,11 @@ After Ctrl-C the same command continues. Each seed has its own corpus, base mode
     ntp-hard      the same with a loss only for tokens that rpt may train on, above its threshold
     sft-own       supervised training on the base's own right rollouts: as many rollouts as rpt has
                   sampled, then as many FLOPs as rpt's updates
+    mixed-sft     plain text and the strings that the base has met, in one stage
+    mixed-own     plain text and the base's own right rollouts, in one stage
     no-thought    RPT whose prompt closes the thought at once; more steps, because they are short
+    rlp, nsr ...  other objectives (docs/objectives.md) until they have spent rpt's FLOPs
+    ra3-sft       next-token training on the thoughts that ra3 has found, its second stage
     others        rpt with other flags, see VARIANTS
 All are evaluated on the same held-out positions: guessing (ntp), thinking (reasoning) and with an
 empty thought. paper/scaling.py fits rpt's checkpoints. Finally RL with the same budget trains base,
@@ -41,7 +45,23 @@ VARIANTS = {  # name: the flags by which it differs from rpt
     "hard-positions": "--entropy-threshold 1.5",
     "dynamic": "--dynamic-sampling-from 0",
     "normalised": "--normalize-advantage"}
-TRAINED = ["rpt", "ntp", "ntp-hard", "sft-own", *VARIANTS]
+OBJECTIVES = ["rlp", "gain_n", "ra3", "markovian", "nsr", "nsr_wrong", "prerl", "dsrl"]
+VARIANTS |= {name: f"--objective {name} --steps 5000 --match-compute {{run}}/rpt"
+             for name in OBJECTIVES}
+LESSONS = {  # name: the flags of its next-token training
+    "ntp": "--documents-per-step 24 --lr 1e-3",
+    "ntp-hard": "--documents-per-step 24 --lr 1e-3 --entropy-threshold 0.5 --proxy {base}",
+    "sft-own": "--updates-only --strings {run}/own.jsonl --documents-per-step 0 "
+               "--strings-per-step 32 --lr 3e-4",
+    "mixed-sft": "--strings {run}/corpus/strings.jsonl --documents-per-step 6 "
+                 "--strings-per-step 24 --problem-weight 0.3 --lr 1e-3",
+    "mixed-own": "--updates-only --strings {run}/own.jsonl --documents-per-step 6 "
+                 "--strings-per-step 24 --problem-weight 0.3 --lr 1e-3",
+    "ra3-sft": "--updates-only --strings {run}/ra3.jsonl --documents-per-step 0 "
+               "--strings-per-step 32 --lr 3e-4"}
+OWN = {  # name: whose rollouts it trains on, and the objective that chooses them
+    "sft-own": ("base", "rpt"), "mixed-own": ("base", "rpt"), "ra3-sft": ("ra3", "ra3")}
+TRAINED = ["rpt", *LESSONS, *VARIANTS]
 POSITIONS = 32                                        # of a step of rpt
 FITTED = [10, 20, 30, 40, 60, 80, 100, 150, 250]      # steps of rpt, for the scaling fit
 TUNED = ["base", "ntp", "rpt", "longer"]              # what RL on questions starts from
@@ -79,16 +99,17 @@ def rpt_command(run, seed, name, different=""):
             f"--lr 3e-4 --grad-clip 1.0 --save-every 10 --seed {seed} --resume {different}")
 
 
-def ntp_command(run, seed, name, lessons):
-    """Next-token prediction for the FLOPs of rpt; lessons: flags about text or strings."""
+def ntp_command(run, seed, name):
+    """Next-token prediction for the FLOPs of rpt."""
+    lessons = LESSONS[name].format(run=run, base=base(run))
     return (f"train_ntp.py --init {base(run)} --corpus {run}/corpus --out-dir {run}/{name} "
             f"--match-compute {run}/rpt --seed {seed} --resume {lessons}")
 
 
-def own_rollouts_command(run, seed):
-    return (f"paper/own_rollouts.py --init {base(run)} --corpus {run}/corpus --template short "
-            f"--count {demo.RPT_STEPS * POSITIONS} --rollouts 8 --max-new-tokens 64 --seed {seed} "
-            f"--out {run}/own.jsonl")
+def own_rollouts_command(run, seed, start, objective, out):
+    return (f"paper/own_rollouts.py --init {start} --objective {objective} --corpus {run}/corpus "
+            f"--template short --count {demo.RPT_STEPS * POSITIONS} --rollouts 8 "
+            f"--max-new-tokens 64 --seed {seed} --out {out}")
 
 
 def eval_command(run, mode, checkpoints, out):
@@ -119,22 +140,26 @@ def training(run, seed, names):
     score = score._replace(command=score.command.replace(" --documents 1800", ""))
     stages = [corpus, train_base, score,
               ("RPT.", rpt_command(run, seed, "rpt", "--save-every 5"), f"{run}/rpt/done")]
-    text = "--documents-per-step 24 --lr 1e-3"
-    lessons = {
-        "ntp": text,
-        "ntp-hard": f"{text} --entropy-threshold 0.5 --proxy {base(run)}",
-        "sft-own": f"--updates-only --strings {run}/own.jsonl --documents-per-step 0 "
-                   "--strings-per-step 32 --lr 3e-4"}
     for name in names:
-        if name == "sft-own":
-            stages.append(("The base's own right rollouts: as many are sampled as in RPT.",
-                           own_rollouts_command(run, seed), f"{run}/own.jsonl"))
-        if name in lessons:
-            stages.append((f"Control: {name}.", ntp_command(run, seed, name, lessons[name]),
-                           f"{run}/{name}/done"))
+        if name in LESSONS and name not in OWN:
+            stages.append((f"Control: {name}.", ntp_command(run, seed, name), f"{run}/{name}/done"))
         if name in VARIANTS:
-            stages.append((f"RPT with {VARIANTS[name]}.",
-                           rpt_command(run, seed, name, VARIANTS[name]), f"{run}/{name}/done"))
+            different = VARIANTS[name].format(run=run)
+            stages.append((f"RPT with {different}.", rpt_command(run, seed, name, different),
+                           f"{run}/{name}/done"))
+    return stages
+
+
+def imitating(run, seed, names):
+    """Supervised training on rollouts of the base, or of ra3."""
+    stages = []
+    for name in names:
+        if name in OWN:
+            whose, objective = OWN[name]
+            out = f"{run}/ra3.jsonl" if whose == "ra3" else f"{run}/own.jsonl"
+            sample = own_rollouts_command(run, seed, start_of(run, whose), objective, out)
+            stages.append((f"Rollouts of {whose}: as many are sampled as in RPT.", sample, out))
+            stages.append((f"Control: {name}.", ntp_command(run, seed, name), f"{run}/{name}/done"))
     return stages
 
 
@@ -185,7 +210,7 @@ def run_seed(run, seed, names):
     forget_tables(run, names)
     # One group after the other, because commands name checkpoints that earlier groups make.
     args = SimpleNamespace(out_dir=run, seed=seed)
-    for stages in (training, measuring, tuning, asking):
+    for stages in (training, imitating, measuring, tuning, asking):
         demo.run_stages(stages(run, seed, names), demo.names, args)
 
 

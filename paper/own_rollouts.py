@@ -1,9 +1,10 @@
-r"""A control: the base's own right rollouts, as strings for supervised training.
+r"""A checkpoint's own rollouts that an objective finds worth imitating, as strings to train on.
 
     python paper/own_rollouts.py --corpus C --init BASE --count 4800 --rollouts 8 --out own.jsonl
     python train_ntp.py --corpus C --init BASE --strings own.jsonl --documents-per-step 0 ...
 
-Training on them (rejection sampling) shows whether RPT needs its wrong rollouts.
+With the base's right rollouts (rejection sampling) this is a control: does RPT need its wrong ones?
+With --objective ra3 it is that method's second stage: thoughts that pay, and the text behind them.
 """
 import json
 import sys
@@ -16,7 +17,8 @@ if __name__ == "__main__":  # the repository, not paper/, is where imports start
 from data.prompt import TEMPLATES, stop_ids
 from data.tokenizer import Tokenizer
 from model import GPT
-from objectives import Group, rpt
+import objectives
+from objectives import Group
 from plumbing import flags
 from plumbing.files import write
 from plumbing.log import RolloutBar, text_of
@@ -24,29 +26,29 @@ from sample import generate
 
 
 def own_strings(model, tokenizer, args):
-    """Rollouts about --count positions -> {"prompt", "response", "text"} for each that is right."""
-    objective = rpt.Objective(args, tokenizer, model.config)
+    """Rollouts about --count positions -> {"prompt", "response", "text"} for each worth it."""
+    objective = objectives.load(args.objective)(args, tokenizer, model.config)
     order = np.random.default_rng(args.seed).permutation(len(objective.positions))[:args.count]
     questions = [objective.question(objective.positions[i]) for i in order]
     prompts = [question.prompt for question in questions]
     with RolloutBar(len(prompts) * args.rollouts, "own rollouts") as bar:
         rollouts = generate(model, prompts, args.rollouts, args.max_new_tokens, args.temperature,
-                            stop_ids(tokenizer), (args.seed, 1 << 21), on_tokens=bar)
+                            stop_ids(tokenizer), (args.seed, 1 << 21), on_tokens=bar,
+                            is_end=objective.is_end)
     groups = [Group(question, some) for question, some in zip(questions, rollouts)]
     objective.score(model, groups)
     strings = []
     for group in groups:
-        for rollout, reward in zip(group.rollouts, group.rewards):
-            if reward == 1:
-                text = text_of(tokenizer.decode_bytes(rollout.tokens))
-                strings.append(dict(prompt=group.question.prompt, response=rollout.tokens,
-                                    text=text))
+        for response in objective.lessons(group):
+            text = text_of(tokenizer.decode_bytes(response))
+            strings.append(dict(prompt=group.question.prompt, response=response, text=text))
     return strings
 
 
 def parse_args():
-    parser = flags.Parser("A checkpoint's own right rollouts about training text.")
+    parser = flags.Parser("A checkpoint's own rollouts about training text, the right ones.")
     add, at_least = parser.add_argument, flags.at_least
+    add("--objective", default="rpt", choices=["rpt", "ra3"], help="what a rollout is worth")
     add("--corpus", required=True,
         help="folder written by data/prepare.py and scored by data/filter.py")
     add("--init", required=True, help="checkpoint that samples them")
@@ -64,9 +66,9 @@ def parse_args():
     add("--temperature", type=at_least(0, float), default=1.0, help="of sampling")
     add("--seed", type=at_least(0), default=0, help="chooses positions and rollouts")
     flags.add_device_flag(add)
-    args = parser.parse_args()
-    args.objective = "rpt"
-    return args
+    add("--tokens-per-micro-batch", type=at_least(1), default=16384,
+        help="tokens in one forward pass to score with")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
@@ -76,7 +78,7 @@ if __name__ == "__main__":
     model = GPT.from_pretrained(args.init, flags.compute_dtype(args.device), args.device)
     strings = own_strings(model, tokenizer, args)
     if not strings:
-        raise ValueError(f"{args.out}: not one of {args.count} positions was predicted")
+        raise ValueError(f"{args.out}: no rollout about {args.count} positions is worth it")
     write(args.out, "".join(json.dumps(string, ensure_ascii=False) + "\n" for string in strings))
     print(f"{len(strings):,} strings written to {args.out}, the last one:\n"
           f"    {strings[-1]['text']}")

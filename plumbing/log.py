@@ -54,7 +54,7 @@ class StepLog:
         self.clock = parallel.clock()
 
     def write(self, step, groups, update):
-        """Log a step. All ranks call this.
+        """Log a step -> its metrics. All ranks call this.
 
         groups: all that this rank has sampled. update: the metrics of `policy_update`.
         """
@@ -67,7 +67,7 @@ class StepLog:
         metrics = dict(step=step) | rollout_metrics(numbers) | update
         metrics |= self.speed_metrics(metrics, sum(group["read"] for group in numbers))
         if parallel.RANK > 0:
-            return
+            return metrics
         run = self.args.out_dir
         # JSON has no NaN, so a metric that this step could not measure becomes null.
         valid = {name: None if value != value else value for name, value in metrics.items()}
@@ -77,6 +77,7 @@ class StepLog:
         for warning in self.warnings(metrics):
             print(f"warning: {warning}", file=sys.stderr, flush=True)
             self.can_replace = False
+        return metrics
 
     def show(self, step, metrics):
         """Print the step's line. On a terminal it replaces the one before; ten of a run stay."""
@@ -112,9 +113,9 @@ class StepLog:
                 "--init), or --rollouts is too small")
         if metrics["format_rate"] < 0.05:
             found["form"] = (
-                f"{metrics['format_rate']:.0%} of the rollouts hold a box: the model does not know "
-                "the form (warm start: data/warmstart.py and train_ntp.py --strings), or has no "
-                "room (--max-new-tokens)")
+                f"{metrics['format_rate']:.0%} of the rollouts hold a prediction: the model does "
+                "not know the form (warm start: data/warmstart.py and train_ntp.py --strings), or "
+                "has no room (--max-new-tokens)")
         if metrics["logp_gap"] > 0.05:
             found["gap"] = (
                 f"logp_gap is {metrics['logp_gap']:.2g}: sampler and trainer disagree about the "
@@ -161,6 +162,7 @@ def in_numbers(group):
         tokens=tokens,
         logprobs=[sum(rollout.logprobs) for rollout in group.rollouts],
         truncated=[not rollout.finished for rollout in group.rollouts],
+        measures=group.measures,
         # By the policy, to sample and score; a prompt counts once.
         read=len(group.question.prompt) + sum(tokens) + group.scoring_tokens)
 
@@ -169,8 +171,10 @@ def rollout_metrics(groups):
     """`in_numbers` of the groups of all ranks -> the metrics of their rollouts."""
     rewards = np.array([group["rewards"] for group in groups])                   # (N, G)
     boxes, tokens = of_rollouts(groups, "boxes"), sum(of_rollouts(groups, "tokens"))
+    measures = {name: np.mean([number for group in groups for number in group["measures"][name]])
+                for name in groups[0]["measures"]}
     matches = [box for box, reward in zip(boxes, rewards.flat) if box is not None and reward == 1]
-    return dict(
+    return measures | dict(
         reward=rewards.mean(),
         accuracy=np.mean(of_rollouts(groups, "hits")),
         reward_std=rewards.std(),
@@ -284,6 +288,14 @@ def other_lines(path, records):
 
 def about(record):
     return json.dumps([record.get(name) for name in ABOUT])
+
+
+def flops_of_run(run, parameters=0, updates_only=False):
+    """FLOPs that an RPT run has spent on sampling, scoring and updates, or on updates alone."""
+    steps = read_metrics(run)
+    if updates_only:
+        return sum(6 * parameters * step["trained_tokens"] for step in steps)
+    return sum(step["flops"] for step in steps)
 
 
 def read_metrics(run):

@@ -16,7 +16,8 @@ from reward import extract_prediction
 from sample import Rollout
 from test_runs import command, lines
 from tiny import base, corpus, run_here
-from train_ntp import document_examples, flops_of_run
+from plumbing.log import flops_of_run
+from train_ntp import document_examples
 
 
 @pytest.fixture

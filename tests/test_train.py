@@ -19,7 +19,7 @@ from plumbing.optimizer import make_optimizer
 from sample import Rollout
 from tiny import ntp_step
 from train_ntp import document_examples, learning_rate
-from train_rpt import check_prompts_fit, count_rollout_tokens, group_advantages, policy_loss, policy_update
+from train_rpt import check_prompts_fit, group_advantages, policy_loss, policy_update
 
 TEMPERATURE = 0.8
 
@@ -116,8 +116,9 @@ def step(model, groups, advantages, lr=0.0, optimizer=None, **changes):
     args = SimpleNamespace(**dict(tokens_per_micro_batch=50, updates_per_batch=1, temperature=TEMPERATURE,
                                   clip_low=0.2, clip_high=0.2, importance_cap=0.0, grad_clip=math.inf)
                              | changes)
-    batches = pack(Base.examples(None, groups, advantages), args.tokens_per_micro_batch, model.device)
-    return policy_update(model, optimizer, batches, count_rollout_tokens(groups), args)
+    examples, size = Base.examples(None, groups, advantages, 0)
+    batches = pack(examples, args.tokens_per_micro_batch, model.device)
+    return policy_update(model, optimizer, batches, size, args)
 
 
 @pytest.mark.parametrize("tokens_per_micro_batch", [19, 50, 10**6])
@@ -330,7 +331,7 @@ def test_a_rollout_alone_may_be_longer_than_the_budget():
 def test_examples_leave_out_groups_without_a_gradient():
     groups = random_groups(40)
     advantages = group_advantages(torch.tensor([g.rewards for g in groups])).tolist()
-    examples = Base.examples(None, groups, advantages)
+    examples, _ = Base.examples(None, groups, advantages, 0)
     alive = [i for i, group in enumerate(groups) if group.has_signal]
     assert len(alive) == 6 and [e.prompt for e in examples] == [groups[i].question.prompt for i in alive]
     for i, example in zip(alive, examples):
@@ -354,7 +355,7 @@ def watcher(max_new_tokens):
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(format_rate=0.04), "4% of the rollouts hold a box"), (dict(logp_gap=0.051), "logp_gap is 0.051"),
+    (dict(format_rate=0.04), "4% of the rollouts hold a prediction"), (dict(logp_gap=0.051), "logp_gap is 0.051"),
     (dict(len_mean=96.0), "96 tokens on average and --max-new-tokens is 100")])
 def test_each_alarm_speaks_once_and_only_when_it_should(changes, words):
     watch = watcher(100)

@@ -1,0 +1,91 @@
+r"""RLP, Reinforcement as a Pretraining Objective (arXiv 2510.01265): rewards what a thought adds.
+
+    prompt       as in RPT
+    rollout      a thought c and </think>, nothing else
+    reward       r = log p(x_t | x_<t, c) - log p(x_t | x_<t), in nats; x_t: true token  (eq. 5)
+    advantage    G / (G - 1) (r - mean r)                                                (eq. 7)
+    loss         over thought tokens: a mean for each thought, then over thoughts        (eq. 8)
+
+Nothing is predicted by sampling and no verifier asked, so nearly every group has a signal. Scores
+are taken at temperature 1, and no gradient flows through them. A thought that was cut off is
+closed, or the reward would say where its sentence broke off.
+
+What differs: the paper subtracts the score of a moving average of the policy. It has not seen the
+thought, so it depends on the position alone and drops out of eq. 7; here the policy of the day
+stands in for it in the logged reward, and there is no second model. And our models put what they
+predict into a box, so that is where the score is taken: behind </think> they would write \boxed,
+whatever they think. For a model that has never boxed, PREDICT = "" is the paper's way. The paper's
+constants: G 16, temperature 0.7, thoughts of 2,048 tokens, batch 512, lr 1e-6, no KL.
+"""
+from objectives import rpt
+from plumbing.likelihood import count_tokens, read
+
+CLOSE = "</think>"
+PREDICT = r"\boxed{"   # between the thought and the true token
+
+
+class Objective(rpt.Objective):
+    TARGETS = 1        # true tokens to be scored
+
+    def __init__(self, args, tokenizer, config):
+        super().__init__(args, tokenizer, config)
+        self.close = tokenizer.encode(CLOSE, special=True)
+        self.predict = tokenizer.encode(PREDICT)
+        # What is scored lies behind the longest rollout, and needs positions too.
+        more = len(self.close + self.predict) + self.TARGETS
+        self.longest = min(self.longest, config.max_positions - args.max_new_tokens - more)
+
+    def is_end(self, tokens):
+        """Is the thought closed? </think> may be several tokens, of a byte or more each."""
+        return CLOSE.encode() in self.tokenizer.decode_bytes(tokens[-len(CLOSE):])
+
+    def targets(self, question):
+        """-> ids of the true tokens to be scored."""
+        t = question.position
+        return self.corpus.tokens[t:t + len(question.truth)][:self.TARGETS].tolist()
+
+    def closed(self, rollout):
+        """-> ids of a thought, closed, as far as the true token."""
+        if self.is_end(rollout.tokens):
+            return rollout.tokens + self.predict
+        # It was cut off, or ended with a stop token.
+        thought = rollout.tokens[:-1] if rollout.finished else rollout.tokens
+        return thought + self.close + self.predict
+
+    def with_thoughts(self, group):
+        """-> the texts whose ends are scored, as `read` takes them."""
+        targets = self.targets(group.question)
+        return [(group.question.prompt, [(self.closed(r), targets) for r in group.rollouts])]
+
+    def without(self, question):
+        """-> the same without a thought: the context as it stands."""
+        bos = self.tokenizer.bos
+        return bos + question.context[len(bos) - self.longest:], [([], self.targets(question))]
+
+    def score(self, policy, groups):
+        texts = [self.with_thoughts(group) for group in groups]
+        plain = [self.without(group.question) for group in groups]
+        budget = self.args.tokens_per_micro_batch
+        scores = iter(sum(read(policy, sum(texts, []), budget), []))
+        for group, some, base, [(before, _)] in zip(groups, texts, plain,
+                                                    read(policy, plain, budget)):
+            group.kept = [next(scores) for _ in group.rollouts]
+            gains = [sum(after) - sum(before) for after, _ in group.kept]
+            group.rewards = list(map(self.worth, gains, group.rollouts))
+            # For the metrics: the likeliest token behind a closed thought stands for a prediction.
+            group.predictions = [
+                self.tokenizer.token_bytes(guess) if self.is_end(rollout.tokens) else None
+                for rollout, (_, guess) in zip(group.rollouts, group.kept)]
+            group.measures = dict(no_thought=[sum(before)] * len(group.rollouts))
+            group.scoring_tokens = sum(map(count_tokens, [*some, base]))
+
+    def worth(self, gain, rollout):
+        return gain
+
+    def examples(self, groups, advantages, step):
+        examples, _ = super().examples(groups, advantages, step)
+        unbiased = self.args.rollouts / (self.args.rollouts - 1)
+        for example in examples:
+            example.advantages = [[unbiased * a / len(thought) for a in thought]
+                                  for thought in example.advantages]
+        return examples, sum(len(group.rollouts) for group in groups)

@@ -1,0 +1,43 @@
+"""How likely a model finds texts that it did not write: log-probs of given tokens."""
+import torch
+
+from kernels.logprob import logprob, sample
+from plumbing.batch import cut, flatten
+
+
+@torch.no_grad()
+def read(model, groups, budget):
+    """Log-probs of target tokens after what is given, and what the model expected instead.
+
+    groups: [(prompt, [(given, targets), ...]), ...], all lists of ids; given may be empty. A prompt
+    is computed once for its continuations, and about `budget` tokens at a time.
+    -> for each group a list of (log-probs of its targets at temperature 1, nats; the id that was
+    most probable in place of the first target)
+    """
+    read = []
+    for run in cut(groups, budget, count_tokens):
+        texts = [(prompt, [given + targets for given, targets in pairs]) for prompt, pairs in run]
+        tokens, layout = flatten(texts, model.device)
+        hidden = model.hidden(tokens, layout.positions, layout.attend)                   # (T, D)
+        # Of the rollout tokens only the targets matter, which are the last ones of each.
+        counts = [len(targets) for _, pairs in run for _, targets in pairs]
+        ends = layout.rollout_lens.cumsum(0).tolist()
+        chosen = [i for end, n in zip(ends, counts) for i in range(end - n, end)]
+        chosen = torch.tensor(chosen, device=model.device)
+        hidden = hidden[layout.predict_rows[chosen]]
+        targets = tokens[layout.rollout_rows[chosen]]
+        logprobs = model.finite(logprob(hidden, model.head, targets)[0])
+        bits = torch.zeros_like(targets)  # temperature 0 draws nothing
+        likeliest = sample(hidden, model.head, bits, temperature=0)[0].tolist()
+        first, texts = 0, []
+        for n, values in zip(counts, logprobs.split(counts)):
+            texts.append((values.tolist(), likeliest[first]))
+            first += n
+        texts = iter(texts)
+        read += [[next(texts) for _ in pairs] for _, pairs in run]
+    return read
+
+
+def count_tokens(group):
+    prompt, pairs = group
+    return len(prompt) + sum(len(given) + len(targets) for given, targets in pairs)
