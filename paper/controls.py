@@ -46,7 +46,7 @@ VARIANTS = {  # name: the flags by which it differs from rpt
     "dynamic": "--dynamic-sampling-from 0",
     "normalised": "--normalize-advantage"}
 OBJECTIVES = ["rlp", "gain_n", "ra3", "markovian", "nsr", "nsr_wrong", "prerl", "dsrl"]
-VARIANTS |= {name: f"--objective {name} --steps 5000 --match-compute {{run}}/rpt"
+VARIANTS |= {name: f"--objective {name} --steps 600 --match-compute {{run}}/rpt"
              for name in OBJECTIVES}
 LESSONS = {  # name: the flags of its next-token training
     "ntp": "--documents-per-step 24 --lr 1e-3",

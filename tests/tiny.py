@@ -94,6 +94,27 @@ def base(tmp_path_factory):
     return str(make(tmp_path_factory.getbasetemp()) / "base")
 
 
+@pytest.fixture(scope="session")
+def thinker(tmp_path_factory):
+    """The base, taught in 40 steps to think for some tokens before it boxes."""
+    folder = make(tmp_path_factory.getbasetemp())
+    if not (folder / "thinker").exists():
+        tokenizer, rng = Tokenizer.load(folder / "base"), random.Random(1)
+        model, corpus = GPT.from_pretrained(folder / "base"), load_corpus(folder / "corpus")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(40):
+            batch = []
+            for doc in rng.sample([doc for doc in corpus.docs if not doc[3]], 16):
+                prompt, response, _ = box_string(tokenizer, corpus, doc, rng)
+                thought = tokenizer.encode("".join(rng.choice("123+") for _ in range(rng.randrange(6))))
+                batch.append((prompt, thought + response, [1.0] * len(thought + response)))
+            ntp_step(model, optimizer, batch, tokens_per_micro_batch=4096, grad_clip=1.0)
+        model.save_pretrained(folder / "thinker.partial")
+        tokenizer.save(folder / "thinker.partial")
+        (folder / "thinker.partial").rename(folder / "thinker")
+    return str(folder / "thinker")
+
+
 def run_here(script, *arguments):
     """Run a script as __main__ in this process -> exit code, stdout, stderr; 1 is a traceback."""
     out, err = io.StringIO(), io.StringIO()

@@ -1,0 +1,472 @@
+"""The objectives beside RPT: rewards, advantages, token weights and gradients against the papers' formulas."""
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import objectives
+from data.prompt import stop_ids
+from data.tokenizer import Tokenizer
+from model import GPT, GPTConfig, read_config
+from objectives import Group, Question, dsrl, markovian, ra3
+from plumbing import likelihood
+from plumbing.batch import pack
+from plumbing.log import flops_of_run
+from sample import Rollout, generate
+from test_runs import command, contents, lines
+from test_scale import assert_same, run_on
+from test_train import double, fp64
+from tiny import base, corpus, run_here, thinker
+from train_rpt import group_advantages, policy_update
+
+G, TEMPERATURE = 4, 0.7
+THOUGHTS = ["rlp", "gain_n", "ra3", "markovian"]         # thoughts alone, scored by the policy
+UPDATES = ["nsr", "nsr_wrong", "prerl", "dsrl"]          # RPT's task, another update
+NAMES = THOUGHTS + UPDATES
+
+
+@pytest.fixture
+def tokenizer():
+    return Tokenizer.load("embedded")
+
+
+@pytest.fixture
+def model(fp64, tokenizer):
+    """Random, with weights large enough that distributions are far from flat."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, width=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8,
+                          ffn_width=48, max_positions=128))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.mul_(5)
+    return double(model)
+
+
+@pytest.fixture
+def make(base, corpus, tokenizer):
+    """make(name, **changes) -> the objective, on the small corpus."""
+    def made(name, **changes):
+        temperature = 1 if name == "markovian" else TEMPERATURE
+        usual = dict(objective=name, init=base, corpus=corpus.folder, proxy=None, data=None, template="short",
+                     entropy_threshold=0.5, max_prompt_tokens=100, max_new_tokens=12, seed=0, rollouts=G,
+                     tokens_per_micro_batch=60, skip_bad=False, skip_long=False, importance_cap=0.0,
+                     temperature=temperature)
+        return objectives.load(name)(SimpleNamespace(**usual | changes), tokenizer, read_config(base))
+    return made
+
+
+def groups_of(objective, tokenizer, n=5):
+    """Questions with thoughts that were closed, cut off, ended by a stop token, or empty, and boxes where wanted."""
+    encode = lambda text: tokenizer.encode(text, special=True)
+    groups = []
+    for i, position in enumerate(objective.take(0, n)):
+        question = objective.question(position)
+        truth = question.truth[0].decode()
+        texts = ["7+4=1; odd</think>", "7+4=1;1", "hm<|end|>", "</think>"]
+        if objective.args.objective in UPDATES:
+            # The second group has no right rollout, the third no wrong one.
+            words = {1: [" no"] * G, 2: [truth] * G}.get(i, [truth, " no", truth, " yes"])
+            texts = [f"{i};" * j + rf"</think>\boxed{{{word}}}<|end|>" for j, word in enumerate(words)]
+        rollouts = [Rollout(encode(text), [], not text.endswith("1")) for text in texts]
+        groups.append(Group(question, rollouts))
+    return groups
+
+
+def logprobs(model, prompt, tokens, temperature=1.0):
+    """One sequence at a time: the log-prob of each of the tokens behind the prompt."""
+    logits = model(torch.tensor([prompt + tokens]))[0, len(prompt) - 1:-1]
+    return (logits / temperature).log_softmax(dim=-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+
+
+def closed(tokenizer, rollout):
+    """A thought as text, then closed, then as far as the inside of the box."""
+    text = tokenizer.decode_bytes(rollout.tokens).decode().removesuffix("<|end|>").removesuffix("</think>")
+    return tokenizer.encode(text + r"</think>\boxed{", special=True)
+
+
+def true_tokens(corpus, question, n):
+    end = next(end for start, _, end, _ in corpus.docs.tolist() if start <= question.position < end)
+    return corpus.tokens[question.position:min(end, question.position + n)].tolist()
+
+
+def targets_of(name, corpus, tokenizer, question):
+    tokens = true_tokens(corpus, question, 4 if name == "gain_n" else 32 if name == "ra3" else 1)
+    if name == "ra3":  # the sentence
+        texts = [tokenizer.decode_bytes(tokens[:i + 1]) for i in range(len(tokens))]
+        full = [i for i, text in enumerate(texts) if text.rstrip(b" ").endswith((b".", b"?", b"!", b"\n"))]
+        tokens = tokens[:full[0] + 1] if full else tokens
+    return tokens
+
+
+def gain(model, corpus, tokenizer, name, group, rollout):
+    """log p(targets | context, thought) - log p(targets | context), in nats."""
+    targets = targets_of(name, corpus, tokenizer, group.question)
+    seen = closed(tokenizer, rollout)
+    if name != "markovian":
+        seen = group.question.prompt + seen
+    without = logprobs(model, group.question.context, targets).sum().detach()  # a constant
+    worth = logprobs(model, seen, targets).sum() - without
+    is_empty = tokenizer.decode_bytes(rollout.tokens).startswith(b"</think>")
+    return worth - 0.1 if name == "ra3" and not is_empty else worth
+
+
+def brute_loss(model, corpus, tokenizer, name, groups, step):
+    """What each paper's formula says, one rollout at a time."""
+    total, size, start = 0.0, 0, [tokenizer.eos_id]
+    rollouts = sum(len(group.rollouts) for group in groups)
+    for group in groups:
+        if name in THOUGHTS:
+            rewards = torch.stack([gain(model, corpus, tokenizer, name, group, r) for r in group.rollouts])
+        else:
+            right = [tokenizer.decode_bytes(r.tokens).split(b"{")[1].split(b"}")[0] == group.question.truth[0]
+                     for r in group.rollouts]
+            rewards = torch.tensor(right, dtype=torch.float64)
+        fixed = rewards.detach()
+        advantages = fixed - fixed.mean()
+        temperature = 1.0 if name == "markovian" else TEMPERATURE
+        for rollout, r, a in zip(group.rollouts, rewards, advantages):
+            has_no_prompt = name == "prerl" or name == "dsrl" and step < 20
+            prompt = start if has_no_prompt else group.question.prompt
+            lp = logprobs(model, prompt, rollout.tokens, temperature)
+            if name == "rlp":
+                total, size = total - G / (G - 1) * a * lp.mean(), rollouts
+            elif name == "markovian":
+                std = fixed.std()
+                total, size = total - a / std * lp.mean() - r / std, rollouts
+            elif name == "nsr" or has_no_prompt and name == "dsrl":
+                if a < 0:
+                    total, size = total - a * lp.sum(), size + len(lp)
+            elif name == "nsr_wrong":
+                total, size = total + (1 - fixed[0] * 0 - r) * lp.sum(), size + len(lp)
+            else:
+                total, size = total - a * lp.sum(), size + len(lp)
+    return total / size
+
+
+def gradients(model):
+    """All of them, flat; 0 where a rank without work computed none."""
+    return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
+                      for p in model.parameters()])
+
+
+def update(model, objective, groups, size=None, budget=50, step=0):
+    """Score, and take a step of size 0 -> its metrics, the size of the batch; gradients are left in the model."""
+    for group in groups:
+        for rollout in group.rollouts:
+            rollout.logprobs = logprobs(model, group.question.prompt, rollout.tokens,
+                                        objective.args.temperature).tolist()
+    objective.score(model, groups)
+    for group in groups:
+        group.hits = [objective.is_right(p, group.question.truth) for p in group.predictions]
+    advantages = group_advantages(torch.tensor([group.rewards for group in groups])).tolist()
+    examples, own_size = objective.examples(groups, advantages, step)
+    args = SimpleNamespace(updates_per_batch=1, temperature=objective.args.temperature, clip_low=0.2, clip_high=0.2,
+                           importance_cap=0.0, grad_clip=math.inf)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    batches = pack(examples, budget, model.device)
+    return policy_update(model, optimizer, batches, size or own_size, args), own_size
+
+
+CASES = [(name, 0) for name in NAMES] + [("dsrl", 19), ("dsrl", 20)]
+
+
+@pytest.mark.parametrize("name, step", CASES)
+def test_gradients_are_those_of_the_formula_whatever_the_micro_batches_and_ranks(
+        model, make, corpus, tokenizer, name, step):
+    objective = make(name)
+    groups = groups_of(objective, tokenizer)
+    brute_loss(model, corpus, tokenizer, name, groups, step).backward()
+    expected = gradients(model)
+    assert expected.norm() > 1e-3
+    for budget in (40, 10**6):
+        fresh = [Group(group.question, group.rollouts) for group in groups]
+        metrics, size = update(model, objective, fresh, budget=budget, step=step)
+        torch.testing.assert_close(gradients(model), expected, rtol=1e-8, atol=1e-12)
+        # Sampler and trainer agree where they speak of the same tokens behind the same prompt.
+        other_prompt = name == "prerl" or name == "dsrl" and step < 20
+        assert math.isnan(metrics["logp_gap"]) if other_prompt else metrics["logp_gap"] < 1e-12
+    for ranks in (2, 4):  # gradients are summed over them
+        parts = []
+        for rank in range(ranks):
+            some = groups[len(groups) * rank // ranks:len(groups) * (rank + 1) // ranks]
+            update(model, objective, [Group(g.question, g.rollouts) for g in some], size=size, step=step)
+            parts.append(gradients(model))
+        torch.testing.assert_close(sum(parts), expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", THOUGHTS)
+def test_rewards_are_gains_at_temperature_1_of_closed_thoughts(model, make, corpus, tokenizer, name):
+    objective = make(name)
+    groups = groups_of(objective, tokenizer)
+    objective.score(model, groups)
+    for group in groups:
+        expected = [gain(model, corpus, tokenizer, name, group, r).item() for r in group.rollouts]
+        assert group.rewards == pytest.approx(expected, rel=1e-10)
+        targets = targets_of(name, corpus, tokenizer, group.question)
+        plain = logprobs(model, group.question.context, targets).sum().item()
+        assert group.measures["no_thought"] == pytest.approx([plain] * G, rel=1e-10)
+        # What the policy would have said: the likeliest token, for thoughts that were closed.
+        seen = [] if name == "markovian" else group.question.prompt
+        said = [tokenizer.token_bytes(model(torch.tensor([seen + closed(tokenizer, r)]))[0, -1].argmax().item())
+                for r in group.rollouts]
+        assert group.predictions == [said[0], None, None, said[3]]
+        read = [len(seen) + len(closed(tokenizer, r)) + len(targets) for r in group.rollouts]
+        shared = 0 if name == "markovian" else (G - 1) * len(seen)
+        assert group.scoring_tokens == sum(read) - shared + len(group.question.context) + len(targets)
+
+
+def test_by_hand(make, tokenizer, monkeypatch):
+    """Log-probs are given; rewards, advantages and the weight of each token are what one gets with a pencil."""
+    question = Question([5, 6], [b" odd", b"."], [5], 0)
+    rollouts = [Rollout(tokenizer.encode(text, special=True), [-1.0] * 9, True)
+                for text in ("7+4=1;</think>", "1;</think>", "</think>", "1;</think>")]
+    lengths = [len(rollout.tokens) for rollout in rollouts]
+    table = {1: [-1.0, -2.0, -3.0, -2.0]}
+
+    def read(policy, texts, budget):
+        rows = iter(table[1])
+        return [[([next(rows) if len(texts) * len(pairs) > 1 else -2.5], 0) for _ in pairs] for _, pairs in texts]
+
+    monkeypatch.setattr(objectives.rlp, "read", read)
+    expected = dict(
+        rlp=([1.5, 0.5, -0.5, 0.5], [4 / 3 / lengths[0], 0, -4 / 3, 0], 4),
+        gain_n=([1.5, 0.5, -0.5, 0.5], [1.0, 0, -1.0, 0], sum(lengths)),
+        # Three pay 0.1 for a thought: 1.4, 0.4, -0.5, 0.4, with mean 0.425.
+        ra3=([1.4, 0.4, -0.5, 0.4], [0.975, -0.025, -0.925, -0.025], sum(lengths)),
+        # The standard deviation of 1, 0, -1, 0 is sqrt(2 / 3).
+        markovian=([1.5, 0.5, -0.5, 0.5], [1.5**0.5 / lengths[0], 0, -1.5**0.5, 0], 4))
+    for name, (rewards, weights, size) in expected.items():
+        objective, group = make(name), Group(question, rollouts)
+        objective.score(None, [group])
+        assert group.rewards == pytest.approx(rewards)
+        advantages = group_advantages(torch.tensor([group.rewards], dtype=torch.float64)).tolist()
+        examples, found = objective.examples([group], advantages, 0)
+        thoughts = examples[0]
+        by_tokens = {tuple(ids): w for ids, w in zip(thoughts.rollouts, thoughts.advantages)}
+        for rollout, weight in zip(rollouts, weights):
+            values = by_tokens.get(tuple(rollout.tokens), [0.0])
+            assert values == pytest.approx([weight] * len(values), abs=1e-9)
+        assert found == size
+        if name == "markovian":  # each target has the weight 1 / std, behind its thought alone
+            assert len(examples) == 1 + G
+            for example, rollout in zip(examples[1:], rollouts):
+                assert example.prompt == rollout.tokens + objective.predict
+                assert example.advantages == [[pytest.approx(1.5**0.5)]] and example.logprobs[0][0] in table[1]
+
+
+def test_advantages_of_updates_by_hand(make, tokenizer):
+    question = Question([5, 6], [b" odd", b"."], [5], 0)
+    texts = [r"</think>\boxed{ odd}", r"</think>\boxed{ no}", r"1</think>\boxed{ odd}", r"22</think>\boxed{ no}"]
+    rollouts = [Rollout(tokenizer.encode(text, special=True), [-1.0] * 9, True) for text in texts]
+    a, b, c, d = (len(rollout.tokens) for rollout in rollouts)
+    expected = dict(nsr=([-0.5] * b + [-0.5] * d, b + d), nsr_wrong=([-1.0] * b + [-1.0] * d, a + b + c + d),
+                    prerl=([0.5] * a + [-0.5] * b + [0.5] * c + [-0.5] * d, a + b + c + d),
+                    dsrl=([-0.5] * b + [-0.5] * d, b + d))
+    for name, (weights, size) in expected.items():
+        objective, group = make(name), Group(question, rollouts)
+        objective.score(None, [group])
+        group.hits = [objective.is_right(p, question.truth) for p in group.predictions]
+        assert group.rewards == [1, 0, 1, 0] and group.hits == [True, False, True, False]
+        [example], found = objective.examples([group], [[0.5, -0.5, 0.5, -0.5]], 0)
+        assert sum(example.advantages, []) == weights and found == size
+        assert example.prompt == ([tokenizer.eos_id] if name in ("prerl", "dsrl") else [5, 6])
+    # An all-wrong group speaks in one reading of NSR alone.
+    group = Group(question, rollouts, [None] * G, [0.0] * G, [False] * G)
+    assert make("nsr").examples([group], [[0.0] * G], 0) == ([], 0)
+    [example], _ = make("nsr_wrong").examples([group], [[0.0] * G], 0)
+    assert {w for weights in example.advantages for w in weights} == {-1.0}
+    # After the warm-up DSRL is ordinary.
+    ordinary, size = make("dsrl").examples([group], [[0.5, -0.5, 0.5, -0.5]], dsrl.WARM_UP)
+    assert ordinary[0].prompt == [5, 6] and len(ordinary[0].rollouts) == G and size == a + b + c + d
+
+
+def test_a_moving_average_as_baseline_changes_no_advantage(model, make, tokenizer):
+    """RLP's equation 5 with the average of the policy's weights, kept in fp32, over ten updates."""
+    objective = make("rlp")
+    average = copy.deepcopy(model).float()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    apart = 0.0
+    for step in range(10):
+        groups = groups_of(objective, tokenizer)
+        objective.score(model, groups)
+        ours = group_advantages(torch.tensor([group.rewards for group in groups]))
+        papers = []
+        for group in groups:
+            targets = objective.targets(group.question)
+            with torch.no_grad():
+                before = logprobs(average, group.question.context, targets).sum()
+            now = group.measures["no_thought"][0]
+            papers.append([reward + now - before.item() for reward in group.rewards])
+            apart = max(apart, abs(before.item() - now))
+        torch.testing.assert_close(group_advantages(torch.tensor(papers)), ours, rtol=1e-9, atol=1e-12)
+        loss = sum(logprobs(model, g.question.prompt, g.rollouts[0].tokens).sum() for g in groups)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for slow, fast in zip(average.parameters(), model.parameters()):
+            slow.data.lerp_(fast.data, 0.001)  # the paper's 0.999
+    assert apart > 0.5  # nats: the two baselines are not the same
+
+
+def test_the_rewards_own_gradient_vanishes_if_mean_and_std_are_not_constants(model, make, corpus, tokenizer):
+    """The trap of the authors' parallel code: minus the sum of standardised rewards is 0, whatever the weights."""
+    [group] = groups_of(make("markovian"), tokenizer, n=1)
+    rewards = torch.stack([gain(model, corpus, tokenizer, "markovian", group, r) for r in group.rollouts])
+    found = {}
+    for name, centre in (("naive", rewards), ("constants", rewards.detach())):
+        loss = -((rewards - centre.mean()) / centre.std()).sum()
+        found[name] = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        found[name] = sum(gradient.norm()**2 for gradient in found[name])**0.5
+    assert found["naive"] < 1e-10 and found["constants"] > 0.1
+
+
+# ---- the ends of thoughts -----------------------------------------------------------------------------------
+
+def test_a_thought_ends_where_it_is_closed_also_by_several_tokens(make, tokenizer):
+    objective = make("rlp")
+    plain = tokenizer.encode("</think>")          # not as the special token
+    assert len(plain) > 1
+    assert objective.is_end(plain) and objective.is_end([5] + plain) and objective.is_end(objective.close)
+    assert not objective.is_end(plain[:-1]) and not objective.is_end(plain + [5] * 8)
+    rollout = Rollout([5, *plain], [], True)
+    assert objective.closed(rollout) == [5, *plain] + objective.predict
+
+
+def test_generate_ends_a_rollout_where_it_is_told_to_and_disturbs_no_other(tiny_gpt):
+    prompts, ends = [[3, 1, 4], [1, 5], [9, 2, 6, 5]], lambda tokens: sum(tokens) % 7 == 3
+    whole = generate(tiny_gpt, prompts, 4, 16, 0.8, [21], seed=5)
+    for rows in (1, 3, 12):
+        ended = generate(tiny_gpt, prompts, 4, 16, 0.8, [21], seed=5, max_rows=rows, is_end=ends)
+        cut = 0
+        for some, all_of_it in zip(sum(ended, []), sum(whole, [])):
+            n = next((i for i in range(1, len(all_of_it.tokens) + 1) if ends(all_of_it.tokens[:i])), None)
+            cut += n is not None
+            assert some.tokens == all_of_it.tokens[:n]
+            assert some.finished == (n is not None or all_of_it.finished)
+        assert 3 < cut < 12
+
+
+def test_reading_is_the_same_whatever_the_budget(model):
+    groups = [([1, 2, 3], [([4], [5, 6]), ([], [7])]), ([8], [([9, 10], [11])])]
+    for budget in (1, 1000):
+        found = likelihood.read(model, groups, budget)
+        for (prompt, pairs), some in zip(groups, found, strict=True):
+            for (given, targets), (values, guess) in zip(pairs, some, strict=True):
+                assert values == pytest.approx(logprobs(model, prompt + given, targets).tolist(), rel=1e-10)
+                assert guess == model(torch.tensor([prompt + given]))[0, -1].argmax().item()
+    assert likelihood.read(model, [], 10) == []
+
+
+def test_no_text_that_is_scored_is_longer_than_the_model(corpus, thinker, tmp_path):
+    """Prompt, rollout, what closes it and what is scored: the longest of all have to fit."""
+    for name in THOUGHTS:
+        line = command("train_rpt.py", corpus, thinker, tmp_path / name, objective=name, temperature=1, steps=1,
+                       max_new_tokens=70, tokens_per_micro_batch=300)
+        code, _, err = run_here(*line)
+        assert code == 0, err
+
+
+def test_overlap_is_the_share_of_pieces_that_the_context_holds():
+    assert markovian.overlap(b"abcdefgh", b"xabcdefghx") == 1
+    assert markovian.overlap(b"abcdefghi", b"abcdefgh") == 0.5
+    assert markovian.overlap(b"abc", b"abc") == 0
+
+
+# ---- whole runs ---------------------------------------------------------------------------------------------
+
+def line_of(name, corpus, base, run, **more):
+    temperature = 1 if name == "markovian" else 1.2
+    return command("train_rpt.py", corpus, base, run, objective=name, **dict(temperature=temperature) | more)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_moves_and_its_halves_are_the_whole(corpus, thinker, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(dsrl, "WARM_UP", 4)
+    line = lambda run, **more: line_of(name, corpus, thinker, tmp_path / run, **more)
+    code, _, err = run_here(*line("whole"))
+    assert (code, err) == (0, "")
+    assert run_here(*line("halves", steps=3))[0] == 0 and run_here(*line("halves", resume=True))[0] == 0
+    assert contents(tmp_path / "whole") == contents(tmp_path / "halves")
+    steps = lines(tmp_path / "whole")
+    assert sum(step["grad_norm"] > 0 for step in steps) > 3
+    for step in steps:
+        assert step["format_rate"] > 0.3
+        if name not in ("prerl", "dsrl"):
+            assert (step["logp_gap"] or 0) < 1e-5
+        if name in THOUGHTS:
+            assert step["no_thought"] < 0 and step["frac_zero_std"] < 1
+        assert ("overlap" in step) == (name == "markovian")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, ranks", [("rlp", 2), ("markovian", 2), ("nsr", 4), ("dsrl", 4)])
+def test_ranks_take_the_same_steps(corpus, thinker, tmp_path, name, ranks):
+    line = lambda run: line_of(name, corpus, thinker, tmp_path / run, steps=5, save_every=5, lr="1e-4")
+    for n in (1, ranks):
+        code, _, err = run_on(n, line(str(n)))
+        assert code == 0, err
+    assert_same(tmp_path / "1", tmp_path / str(ranks), thinker)
+
+
+def test_a_run_ends_with_the_flops_of_another(corpus, base, tmp_path):
+    line = lambda run, **more: command("train_rpt.py", corpus, base, tmp_path / run, **more)
+    assert run_here(*line("rpt", steps=4))[0] == 0
+    budget = flops_of_run(tmp_path / "rpt")
+    matched = line("nsr", objective="nsr", steps=99, match_compute=tmp_path / "rpt")
+    code, out, err = run_here(*matched)
+    assert (code, err) == (0, "") and "done: " in out
+    steps = [step["flops"] for step in lines(tmp_path / "nsr")]
+    assert sum(steps[:-1]) < budget <= sum(steps) and (tmp_path / "nsr" / f"step_{len(steps):06d}").exists()
+    before = contents(tmp_path / "nsr")
+    code, out, _ = run_here(*matched, "--resume")
+    assert code == 0 and "done: " in out and contents(tmp_path / "nsr") == before
+    code, _, err = run_here(*line("other", match_compute=tmp_path / "none"))
+    assert code == 2 and err.count("\n") == 1 and "not the folder of a training run" in err
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(objective="markovian", temperature=0.8), "--objective markovian needs --temperature 1, got 0.8"),
+    (dict(objective="prerl", importance_cap=2), "--objective prerl cannot take --importance-cap"),
+    (dict(objective="dsrl", importance_cap=2), "--objective dsrl cannot take --importance-cap"),
+    (dict(objective="nsr", data="x.jsonl"), "--objective nsr needs either --corpus or --data"),
+    (dict(objective="rlp", max_new_tokens=126), "the template takes")])
+def test_what_does_not_fit_an_objective_is_one_line(corpus, base, tmp_path, changes, words):
+    code, _, err = run_here(*command("train_rpt.py", corpus, base, tmp_path / "run", **changes))
+    assert code == 2 and err.count("\n") == 1 and words in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", THOUGHTS)
+def test_objectives_about_text_ask_for_a_corpus(base, tmp_path, name):
+    words = ["train_rpt.py", "--objective", name, "--init", base, "--out-dir", tmp_path / "run", "--data", "x.jsonl",
+             "--temperature", 1]
+    code, _, err = run_here(*words)
+    assert code == 2 and err.count("\n") == 1 and f"--objective {name} needs --corpus" in err
+
+
+def test_updates_can_be_about_questions(corpus, base, tokenizer, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"question": "2+3 is", "answer": "five"}\n' * 3)
+    for name in UPDATES:
+        line = [word for word in command("train_rpt.py", corpus, base, tmp_path / name, objective=name, data=path,
+                                         steps=1)]
+        at = line.index("--corpus")
+        del line[at:at + 2]
+        code, _, err = run_here(*line)
+        assert code == 0, err
+        assert lines(tmp_path / name, "samples.jsonl")[0]["truth"] == "five"
+
+
+def test_ra3_teaches_its_best_thoughts_and_the_segment_behind_them(make, tokenizer):
+    objective = make("ra3")
+    [group] = groups_of(objective, tokenizer, n=1)
+    group.rewards = [-1.0, 0.5, 0.2, 0.0]
+    [response] = objective.lessons(group)
+    segment = tokenizer.decode_bytes(objective.targets(group.question))
+    assert tokenizer.decode_bytes(response) == rb"7+4=1;1</think>\boxed{" + segment + b"}<|end|>"
+    group.rewards = [-1.0, -0.5, -0.2, 0.0]
+    assert objective.lessons(group) == []  # no thought pays
+    assert ra3.PRICE == 0.1
