@@ -24,7 +24,7 @@ from plumbing import flags
 from plumbing.log import read_metrics
 
 PANELS = {  # metric: (title, unit, factor from file to picture); the first four are drawn
-    "reward": ("Reward", "percent of predictions that are right", 100),
+    "reward": ("Reward", "mean over rollouts", 1),
     "held_out": ("Held-out accuracy", "percent of positions, with 95 % intervals", 1),
     "format_rate": ("Well-formed answers", "percent", 100),  # if nothing is held out
     "len_mean": ("Response length", "tokens", 1),

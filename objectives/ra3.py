@@ -39,9 +39,6 @@ class Objective(rlp.Objective):
         return gain - PRICE if thought.strip() else gain
 
     def lessons(self, group):
-        """The best thought if it pays, and the segment behind it in a box."""
+        """The best thought, if it pays."""
         best = max(range(len(group.rewards)), key=lambda i: group.rewards[i])
-        if group.rewards[best] <= 0:
-            return []
-        text = self.closed(group.rollouts[best]) + self.targets(group.question)
-        return [text + self.tokenizer.encode("}") + [self.tokenizer.eos_id]]
+        return [self.lesson(group, group.rollouts[best])] if group.rewards[best] > 0 else []

@@ -82,6 +82,15 @@ class Objective(rpt.Objective):
     def worth(self, gain, rollout):
         return gain
 
+    def lesson(self, group, rollout):
+        """-> ids of a thought with the true text behind it, in a box."""
+        text = self.closed(rollout) + self.targets(group.question)
+        return text + self.tokenizer.encode("}") + [self.tokenizer.eos_id]
+
+    def lessons(self, group):
+        """Every thought, right or wrong: they teach how far to trust it."""
+        return [self.lesson(group, rollout) for rollout in group.rollouts]
+
     def examples(self, groups, advantages, step):
         examples, _ = super().examples(groups, advantages, step)
         unbiased = self.args.rollouts / (self.args.rollouts - 1)

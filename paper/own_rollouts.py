@@ -4,7 +4,8 @@ r"""A checkpoint's own rollouts that an objective finds worth imitating, as stri
     python train_ntp.py --corpus C --init BASE --strings own.jsonl --documents-per-step 0 ...
 
 With the base's right rollouts (rejection sampling) this is a control: does RPT need its wrong ones?
-With --objective ra3 it is that method's second stage: thoughts that pay, and the text behind them.
+With --objective ra3 it is that method's second stage: thoughts that pay, and the text behind them;
+with rlp all thoughts, and the text behind them: the model learns how far to trust its thoughts.
 """
 import json
 import sys
@@ -48,7 +49,7 @@ def own_strings(model, tokenizer, args):
 def parse_args():
     parser = flags.Parser("A checkpoint's own rollouts about training text, the right ones.")
     add, at_least = parser.add_argument, flags.at_least
-    add("--objective", default="rpt", choices=["rpt", "ra3"], help="what a rollout is worth")
+    add("--objective", default="rpt", choices=["rpt", "rlp", "ra3"], help="what a rollout is worth")
     add("--corpus", required=True,
         help="folder written by data/prepare.py and scored by data/filter.py")
     add("--init", required=True, help="checkpoint that samples them")
