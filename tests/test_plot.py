@@ -124,8 +124,8 @@ def test_a_run_without_results_shows_its_format_instead(tmp_path, figures):
     assert 6 <= width / DPI <= 8 and 4 <= height / DPI <= 7  # inches: the width of a page's text
     assert titles(figures[0]) == ["Reward", "Well-formed answers", "Response length", "Entropy"]
     dots, line = figures[0].axes[0].lines
-    assert list(dots.get_ydata())[:3] == pytest.approx([0, 5, 10])  # percent
-    assert line.get_ydata()[10] == pytest.approx(50)
+    assert list(dots.get_ydata())[:3] == pytest.approx([0, 0.05, 0.1])
+    assert line.get_ydata()[10] == pytest.approx(0.5)
 
 
 def test_every_run_has_its_name_and_colour_in_all_panels(tmp_path, figures):
