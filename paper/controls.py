@@ -15,6 +15,8 @@ After Ctrl-C the same command continues. Each seed has its own corpus, base mode
     no-thought    RPT whose prompt closes the thought at once; more steps, because they are short
     rlp, nsr ...  other objectives (docs/objectives.md) until they have spent rpt's FLOPs
     ra3-sft       next-token training on the thoughts that ra3 has found, its second stage
+    calibrated    the base, taught by its own thoughts with the truth behind them how far to trust
+                  them; rlp-calibrated and rpt-calibrated start there
     others        rpt with other flags, see VARIANTS
 All are evaluated on the same held-out positions: guessing (ntp), thinking (reasoning) and with an
 empty thought. paper/scaling.py fits rpt's checkpoints. Finally RL with the same budget trains base,
@@ -31,6 +33,8 @@ import numpy as np
 if __name__ == "__main__":  # the repository, not paper/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import demo
+from data.positions import SPLITS
+from paper.patterns import describe, read_responses
 from plumbing import flags
 from plumbing.files import latest_checkpoint, write
 
@@ -59,9 +63,13 @@ LESSONS = {  # name: the flags of its next-token training
                  "--strings-per-step 24 --problem-weight 0.3 --lr 1e-3",
     "ra3-sft": "--updates-only --strings {run}/ra3.jsonl --documents-per-step 0 "
                "--strings-per-step 32 --lr 3e-4"}
+CALIBRATED = {  # name: the flags by which it differs from rpt
+    "rlp-calibrated": "--objective rlp",
+    "rpt-calibrated": ""}
+CALIBRATION_STEPS = 300
 OWN = {  # name: whose rollouts it trains on, and the objective that chooses them
     "sft-own": ("base", "rpt"), "mixed-own": ("base", "rpt"), "ra3-sft": ("ra3", "ra3")}
-TRAINED = ["rpt", *LESSONS, *VARIANTS]
+TRAINED = ["rpt", *LESSONS, *VARIANTS, "calibrated", *CALIBRATED]
 POSITIONS = 32                                        # of a step of rpt
 FITTED = [10, 20, 30, 40, 60, 80, 100, 150, 250]      # steps of rpt, for the scaling fit
 TUNED = ["base", "ntp", "rpt", "longer"]              # what RL on questions starts from
@@ -163,6 +171,26 @@ def imitating(run, seed, names):
     return stages
 
 
+def calibrating(run, seed, names):
+    """Training on the base's own thoughts with the truth behind them, and RL from there."""
+    wanted = [name for name in names if name in CALIBRATED]
+    if not wanted and "calibrated" not in names:
+        return []
+    start = f"{run}/calibrated/step_{CALIBRATION_STEPS:06d}"
+    strings = f"{run}/calibration.jsonl"
+    sample = own_rollouts_command(run, seed, base(run), "rlp", strings) + " --count 2000"
+    train = (f"train_ntp.py --init {base(run)} --corpus {run}/corpus --out-dir {run}/calibrated "
+             f"--strings {strings} --documents-per-step 0 --strings-per-step 32 --lr 3e-4 "
+             f"--steps {CALIBRATION_STEPS} --seed {seed} --resume")
+    stages = [("The base's thoughts, and what is true behind each.", sample, strings),
+              ("How far to trust them.", train, f"{run}/calibrated/done")]
+    for name in wanted:
+        flags = f"{CALIBRATED[name]} --init {start} --steps 600 --match-compute {run}/rpt"
+        stages.append((f"RL from there: {name}.", rpt_command(run, seed, name, flags),
+                       f"{run}/{name}/done"))
+    return stages
+
+
 def measuring(run, seed, names):
     """Everything on the same held-out positions, and the checkpoints of rpt."""
     trained = [base(run), *newest(run, names)]
@@ -210,7 +238,7 @@ def run_seed(run, seed, names):
     forget_tables(run, names)
     # One group after the other, because commands name checkpoints that earlier groups make.
     args = SimpleNamespace(out_dir=run, seed=seed)
-    for stages in (training, imitating, measuring, tuning, asking):
+    for stages in (training, imitating, calibrating, measuring, tuning, asking):
         demo.run_stages(stages(run, seed, names), demo.names, args)
 
 
@@ -240,11 +268,10 @@ def cell(lines, name, key="accuracy", **same):
     return f"{np.mean(values):.1f} ({', '.join(f'{value:.1f}' for value in values)})"
 
 
-def table(out_dir, seeds, split="medium"):
-    """results.json and answers.json of all seeds -> Markdown: mean (each seed), in percent."""
-    runs = [f"{out_dir}/seed-{seed}" for seed in seeds]
-    rows = [f"| {split} positions, seeds {', '.join(map(str, seeds))} | guessing | thinking | "
-            "one of 4 thoughts | empty thought | FLOPs |", "|---|---|---|---|---|---|"]
+def accuracies(runs, split):
+    """results.json of all seeds -> rows of Markdown: mean (each seed), in percent."""
+    rows = [f"| {split} positions | guessing | thinking | one of 4 thoughts | empty thought | "
+            "FLOPs |", "|---|---|---|---|---|---|"]
     lines = sum((read_json(f"{run}/results.json") for run in runs), [])
     lines = [line for line in lines if line["split"] == split]
     for name in dict.fromkeys(map(run_of, lines)):
@@ -252,9 +279,13 @@ def table(out_dir, seeds, split="medium"):
                  cell(lines, name, "pass_at_k", mode="reasoning"), cell(lines, name, mode="empty")]
         spent = np.mean([flops(run, name) for run in runs])
         rows.append(f"| {name} | {' | '.join(cells)} | {spent:.1e} |")
+    return rows
 
-    rows += ["", "| questions, from | before RL | after RL | FLOPs after the base |",
-             "|---|---|---|---|"]
+
+def questions(runs):
+    """answers.json of all seeds -> rows of Markdown, as above."""
+    rows = ["| questions, from | before RL | after RL | FLOPs after the base |",
+            "|---|---|---|---|"]
     lines = sum((read_json(f"{run}/answers.json") for run in runs), [])
     for name in TUNED:
         spent = np.mean([flops(run, f"tuned-{name}") for run in runs])
@@ -262,7 +293,45 @@ def table(out_dir, seeds, split="medium"):
             spent += np.mean([flops(run, name) for run in runs])
         before, after = cell(lines, name), cell(lines, f"tuned-{name}")
         rows.append(f"| {name} | {before} | {after} | {spent:.1e} |")
-    return "\n".join(rows)
+    return rows
+
+
+def minutes(run, name):
+    """What training took, without saving."""
+    path = Path(run, name, "metrics.jsonl")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return sum(seconds for line in map(json.loads, lines) for key, seconds in line.items()
+               if key.startswith("dt_")) / 60
+
+
+def shapes(runs):
+    """What thoughts look like and what they cost -> rows of Markdown: means over the seeds."""
+    rows = ["| thoughts | tokens | words | distinct-2 | compressed to | FLOPs | minutes |",
+            "|---|---|---|---|---|---|---|"]
+    lines = sum((read_json(f"{run}/results.json") for run in runs), [])
+    described = {}
+    for run in runs:
+        for checkpoint, some in read_responses([f"{run}/thoughts.jsonl"]).items():
+            described.setdefault(Path(checkpoint).parent.name, []).append(describe(some))
+    for name in dict.fromkeys(map(run_of, lines)):
+        tokens = np.mean([line["len_mean"] for line in lines
+                          if run_of(line) == name and line["mode"] == "reasoning"])
+        words, distinct, compressed = (np.mean([line[key] for line in described[name]])
+                                       for key in ("words_mean", "distinct_2", "compression"))
+        spent = np.mean([flops(run, name) for run in runs])
+        took = np.mean([minutes(run, name) for run in runs])
+        rows.append(f"| {name} | {tokens:.0f} | {words:.1f} | {distinct:.3f} | {compressed:.3f} | "
+                    f"{spent:.1e} | {took:.1f} |")
+    return rows
+
+
+def table(out_dir, seeds):
+    """Everything as Markdown."""
+    runs = [f"{out_dir}/seed-{seed}" for seed in seeds]
+    rows = [f"Seeds {', '.join(map(str, seeds))}", ""]
+    for split in SPLITS:
+        rows += [*accuracies(runs, split), ""]
+    return "\n".join([*rows, *questions(runs), "", *shapes(runs)])
 
 
 def parse_args():
@@ -284,7 +353,12 @@ if __name__ == "__main__":
     args = parse_args()
     os.chdir(flags.ROOT)
     for seed in args.seeds:
-        run_seed(f"{args.out_dir}/seed-{seed}", seed, list(dict.fromkeys(["rpt", *args.only])))
+        names = ["rpt", *args.only]
+        if "ra3-sft" in names:
+            names.append("ra3")
+        if CALIBRATED.keys() & set(names):
+            names.append("calibrated")
+        run_seed(f"{args.out_dir}/seed-{seed}", seed, list(dict.fromkeys(names)))
     words = table(args.out_dir, args.seeds)
     write(f"{args.out_dir}/table.md", words + "\n")
     print(f"\n{words}\n\nwritten to {args.out_dir}/table.md")

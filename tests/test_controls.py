@@ -27,7 +27,7 @@ def finished(tmp_path, monkeypatch):
 def commands_of(names):
     """Script and words of each command, from the corpus to the table."""
     stages = sum((make(RUN, 3, names) for make in (
-        controls.training, controls.imitating, controls.measuring, controls.tuning, controls.asking)), [])
+        controls.training, controls.imitating, controls.calibrating, controls.measuring, controls.tuning, controls.asking)), [])
     return [shlex.split(command.format(**WORDS)) for _, command, *_ in stages]
 
 
@@ -57,7 +57,8 @@ def test_every_control_starts_from_the_base_and_is_evaluated(finished, monkeypat
     runs = runs_of(controls.TRAINED, monkeypatch)
     assert set(runs) == {"base", *controls.TRAINED, *(f"tuned-{name}" for name in controls.TUNED)}
     for name in controls.TRAINED:
-        assert runs[name]["init"] == WORDS["base"]
+        calibrated = f"{RUN}/calibrated/step_000300"
+        assert runs[name]["init"] == (calibrated if name in controls.CALIBRATED else WORDS["base"])
     evaluated = next(words for words in commands_of(controls.TRAINED) if words[0] == "eval.py")
     assert evaluated[evaluated.index("--checkpoints") + 1:][:1 + len(controls.TRAINED)] == [
         WORDS["base"], *(f"{RUN}/{name}/step_000007" for name in controls.TRAINED)]
@@ -116,6 +117,8 @@ def test_one_control_alone_needs_no_other(finished, name, monkeypatch):
     if name == "ra3-sft":
         return  # the second stage of ra3
     made = set(runs_of(list(dict.fromkeys(["rpt", name])), monkeypatch))
+    if name in controls.CALIBRATED:
+        made.remove("calibrated")
     questions = {"tuned-base", "tuned-rpt", "tuned-longer"}
     if name == "ntp":
         questions.add("tuned-ntp")
@@ -129,15 +132,18 @@ def results_line(run, name, accuracy, **more):
 def write_results(run, shift):
     """Base and rpt, guessing and thinking, on two splits; questions before and after RL."""
     (run / "rpt").mkdir(parents=True)
-    (run / "rpt" / "metrics.jsonl").write_text('{"flops": 1e9}\n{"flops": 2e9}\n')
+    (run / "rpt" / "metrics.jsonl").write_text('{"flops": 1e9, "dt_gen": 90}\n{"flops": 2e9, "dt_train": 30}\n')
     results = []
     for split in ("medium", "hard"):
         for name, guessing, thinking in (("base", 20, 50), ("rpt", 21, 97)):
-            more = dict(split=split, pass_at_k=90)
+            more = dict(split=split, pass_at_k=90, len_mean=thinking / 2)
             results += [results_line(run, name, guessing + shift, mode="ntp", **more),
                         results_line(run, name, thinking + shift, **more)]
     (run / "results.json").write_text(json.dumps(results))
     answers = {"base": 10, "tuned-base": 30, "rpt": 40}
+    thoughts = [dict(checkpoint=f"{run}/{name}/step_000001", mode="reasoning", response=text)
+                for name, text in (("base", "a b c</think>d"), ("rpt", "a a a a</think>d"))]
+    (run / "thoughts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in thoughts))
     (run / "answers.json").write_text(json.dumps(
         [results_line(run, name, accuracy + shift) for name, accuracy in answers.items()]))
 
@@ -145,17 +151,22 @@ def write_results(run, shift):
 def test_the_table_has_the_mean_of_the_seeds_and_each_of_them(tmp_path):
     write_results(tmp_path / "seed-0", shift=0)
     write_results(tmp_path / "seed-1", shift=2)
-    rows = controls.table(tmp_path, [0, 1]).splitlines()
-    assert rows[2:] == [
+    blocks = [block.splitlines() for block in controls.table(tmp_path, [0, 1]).split("\n\n")]
+    title, easy, medium, hard, questions, thoughts = blocks
+    assert title == ["Seeds 0, 1"] and len(easy) == 2  # nothing was measured there
+    assert medium[2:] == hard[2:] == [
         "| base | 21.0 (20.0, 22.0) | 51.0 (50.0, 52.0) | 90.0 (90.0, 90.0) | - | 0.0e+00 |",
-        "| rpt | 22.0 (21.0, 23.0) | 98.0 (97.0, 99.0) | 90.0 (90.0, 90.0) | - | 3.0e+09 |",
-        "",
+        "| rpt | 22.0 (21.0, 23.0) | 98.0 (97.0, 99.0) | 90.0 (90.0, 90.0) | - | 3.0e+09 |"]
+    assert questions == [
         "| questions, from | before RL | after RL | FLOPs after the base |",
         "|---|---|---|---|",
         "| base | 11.0 (10.0, 12.0) | 31.0 (30.0, 32.0) | 0.0e+00 |",
         "| ntp | - | - | 0.0e+00 |",
         "| rpt | 41.0 (40.0, 42.0) | - | 3.0e+09 |",
         "| longer | - | - | 0.0e+00 |"]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in thoughts[2:]]
+    assert [row[:4] for row in cells] == [["base", "25", "3.0", "1.000"], ["rpt", "48", "4.0", "0.667"]]
+    assert [row[5:] for row in cells] == [["0.0e+00", "0.0"], ["3.0e+09", "2.0"]]
 
 
 def test_a_table_of_fewer_controls_is_made_again_and_a_complete_one_is_kept(tmp_path):
