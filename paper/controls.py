@@ -13,7 +13,8 @@ After Ctrl-C the same command continues. Each seed has its own corpus, base mode
     mixed-sft     plain text and the strings that the base has met, in one stage
     mixed-own     plain text and the base's own right rollouts, in one stage
     no-thought    RPT whose prompt closes the thought at once; more steps, because they are short
-    rlp, nsr ...  other objectives (docs/objectives.md) until they have spent rpt's FLOPs
+    rlp, nsr ...  other objectives (docs/objectives.md) until they have spent rpt's FLOPs,
+                  or for OBJECTIVES steps
     ra3-sft       next-token training on the thoughts that ra3 has found, its second stage
     calibrated    the base, taught by its own thoughts with the truth behind them how far to trust
                   them; rlp-calibrated and rpt-calibrated start there
@@ -49,9 +50,11 @@ VARIANTS = {  # name: the flags by which it differs from rpt
     "hard-positions": "--entropy-threshold 1.5",
     "dynamic": "--dynamic-sampling-from 0",
     "normalised": "--normalize-advantage"}
-OBJECTIVES = ["rlp", "gain_n", "ra3", "markovian", "nsr", "nsr_wrong", "prerl", "dsrl"]
-VARIANTS |= {name: f"--objective {name} --steps 600 --match-compute {{run}}/rpt"
-             for name in OBJECTIVES}
+# Name: the most steps. The first three soon stop thinking, and would then take thousands.
+OBJECTIVES = dict(rlp=250, gain_n=250, ra3=250, markovian=600, nsr=600, nsr_wrong=600, prerl=600,
+                  dsrl=600)
+VARIANTS |= {name: f"--objective {name} --steps {steps} --match-compute {{run}}/rpt"
+             for name, steps in OBJECTIVES.items()}
 LESSONS = {  # name: the flags of its next-token training
     "ntp": "--documents-per-step 24 --lr 1e-3",
     "ntp-hard": "--documents-per-step 24 --lr 1e-3 --entropy-threshold 0.5 --proxy {base}",
