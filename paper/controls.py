@@ -51,8 +51,8 @@ VARIANTS = {  # name: the flags by which it differs from rpt
     "dynamic": "--dynamic-sampling-from 0",
     "normalised": "--normalize-advantage"}
 # Name: the most steps. The first three soon stop thinking, and would then take thousands.
-OBJECTIVES = dict(rlp=250, gain_n=250, ra3=250, markovian=600, nsr=600, nsr_wrong=600, prerl=600,
-                  dsrl=600)
+OBJECTIVES = dict(rlp=100, gain_n=100, ra3=100, markovian=400, nsr=400, nsr_wrong=400, prerl=400,
+                  dsrl=400)
 VARIANTS |= {name: f"--objective {name} --steps {steps} --match-compute {{run}}/rpt"
              for name, steps in OBJECTIVES.items()}
 LESSONS = {  # name: the flags of its next-token training
@@ -188,7 +188,7 @@ def calibrating(run, seed, names):
     stages = [("The base's thoughts, and what is true behind each.", sample, strings),
               ("How far to trust them.", train, f"{run}/calibrated/done")]
     for name in wanted:
-        flags = f"{CALIBRATED[name]} --init {start} --steps 600 --match-compute {run}/rpt"
+        flags = f"{CALIBRATED[name]} --init {start} --steps 400 --match-compute {run}/rpt"
         stages.append((f"RL from there: {name}.", rpt_command(run, seed, name, flags),
                        f"{run}/{name}/done"))
     return stages

@@ -93,7 +93,7 @@ def test_a_variant_differs_from_rpt_in_what_its_flags_say(finished, monkeypatch)
         "hard-positions": dict(entropy_threshold=1.5),
         "dynamic": dict(dynamic_sampling_from=0),
         "normalised": dict(normalize_advantage=True),
-        **{name: {**dict(objective=name, match_compute=f"{RUN}/rpt"), **(dict(steps=steps) if steps != 250 else {})}
+        **{name: dict(objective=name, match_compute=f"{RUN}/rpt", steps=steps)
            for name, steps in controls.OBJECTIVES.items()}}
 
 
