@@ -20,7 +20,7 @@ from objectives import Base, rlp
 from objectives.rpt import TRUTH_TOKENS
 
 PRICE = 0.1          # nats
-ENDS = b".!?\n"      # of a segment
+ENDS = b".", b"!", b"?"     # of a segment, and every line break
 
 
 class Objective(rlp.Objective):
@@ -30,7 +30,7 @@ class Objective(rlp.Objective):
     def targets(self, question):
         tokens = super().targets(question)
         for n, raw in enumerate(question.truth, start=1):
-            if b"\n" in raw or raw.rstrip()[-1:] in ENDS:
+            if b"\n" in raw or raw.rstrip().endswith(ENDS):
                 return tokens[:n]
         return tokens
 

@@ -323,6 +323,17 @@ def test_the_rewards_own_gradient_vanishes_if_mean_and_std_are_not_constants(mod
     assert found["naive"] < 1e-10 and found["constants"] > 0.1
 
 
+def test_a_segment_does_not_end_with_white_space(make):
+    """Tokens of spaces alone, as in the indentation of code: each of them once ended a segment."""
+    objective = make("ra3")
+    cases = {(b"  ", b"return", b" x", b"\n", b"y"): 4, (b" ", b"odd", b".", b" 7"): 3, (b" no", b"?)", b" so"): 3,
+             (b" a", b".\n\n", b"b"): 2, (b" Hm", b"! ", b"b"): 2}
+    for truth, n in cases.items():
+        t = int(objective.positions[0][0])
+        question = Question([5], list(truth), [5], t)
+        assert objective.targets(question) == objective.corpus.tokens[t:t + n].tolist()
+
+
 # ---- the ends of thoughts -----------------------------------------------------------------------------------
 
 def test_a_thought_ends_where_it_is_closed_also_by_several_tokens(make, tokenizer):
