@@ -39,8 +39,7 @@ class Objective(rlp.Objective):
         super().score(policy, groups)
         for group in groups:
             context = self.tokenizer.decode_bytes(group.question.context)
-            group.measures["overlap"] = [overlap(self.tokenizer.decode_bytes(r.tokens), context)
-                                         for r in group.rollouts]
+            group.measures["overlap"] = [overlap(self.thought(r), context) for r in group.rollouts]
 
     def examples(self, groups, advantages, step):
         examples, thoughts = [], 0

@@ -35,8 +35,7 @@ class Objective(rlp.Objective):
         return tokens
 
     def worth(self, gain, rollout):
-        thought, _, _ = self.tokenizer.decode_bytes(rollout.tokens).partition(b"</think>")
-        return gain - PRICE if thought.strip() else gain
+        return gain - PRICE if self.thought(rollout).strip() else gain
 
     def lessons(self, group):
         """The best thought, if it pays."""

@@ -52,6 +52,10 @@ class Objective(rpt.Objective):
         thought = rollout.tokens[:-1] if rollout.finished else rollout.tokens
         return thought + self.close + self.predict
 
+    def thought(self, rollout):
+        """-> the bytes of a thought, without what ends it."""
+        return self.tokenizer.decode_bytes(self.closed(rollout)).partition(CLOSE.encode())[0]
+
     def with_thoughts(self, group):
         """-> the texts whose ends are scored, as `read` takes them."""
         targets = self.targets(group.question)

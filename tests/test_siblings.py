@@ -380,6 +380,21 @@ def test_no_text_that_is_scored_is_longer_than_the_model(corpus, thinker, tmp_pa
         assert code == 0, err
 
 
+def test_what_ends_a_thought_is_no_part_of_it(model, make, tokenizer):
+    """RA3's price was due for a stop token alone, and Markovian's overlap fell with each </think>."""
+    for name in ("ra3", "markovian"):
+        objective = make(name)
+        question = objective.question(objective.take(0, 9)[-1])
+        copied = tokenizer.decode_bytes(question.context)[:12].decode()
+        texts = ["</think>", "<|end|>", copied + "</think>", copied + "<|end|>"]
+        rollouts = [Rollout(tokenizer.encode(text, special=True), [], True) for text in texts]
+        assert [objective.thought(r) for r in rollouts] == [b"", b"", copied.encode(), copied.encode()]
+        group = Group(question, rollouts)
+        objective.score(model, [group])
+        assert group.rewards[1] == pytest.approx(group.rewards[0]), name
+    assert group.measures["overlap"] == [0, 0, 1, 1]
+
+
 def test_overlap_is_the_share_of_pieces_that_the_context_holds():
     assert markovian.overlap(b"abcdefgh", b"xabcdefghx") == 1
     assert markovian.overlap(b"abcdefghi", b"abcdefgh") == 0.5
