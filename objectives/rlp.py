@@ -78,7 +78,7 @@ class Objective(rpt.Objective):
             group.rewards = list(map(self.worth, gains, group.rollouts))
             # For the metrics: the likeliest token behind a closed thought stands for a prediction.
             group.predictions = [
-                self.tokenizer.token_bytes(guess) if self.is_end(rollout.tokens) else None
+                self.tokenizer.decode_bytes([guess]) if self.is_end(rollout.tokens) else None
                 for rollout, (_, guess) in zip(group.rollouts, group.kept)]
             group.measures = dict(no_thought=[sum(before)] * len(group.rollouts))
             group.scoring_tokens = sum(map(count_tokens, [*some, base]))

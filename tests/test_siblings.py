@@ -380,6 +380,16 @@ def test_no_text_that_is_scored_is_longer_than_the_model(corpus, thinker, tmp_pa
         assert code == 0, err
 
 
+def test_a_model_may_expect_an_id_that_its_tokenizer_lacks(make, tokenizer, monkeypatch):
+    """Embeddings are often padded, and a row without a token can be the likeliest one."""
+    lacking = tokenizer.vocab_size + 3
+    monkeypatch.setattr(objectives.rlp, "read", lambda policy, texts, budget: [
+        [([-1.0], lacking) for _ in pairs] for _, pairs in texts])
+    group = Group(Question([5, 6], [b" odd"], [5], 0), [Rollout(tokenizer.encode("</think>", special=True), [], True)])
+    make("rlp").score(None, [group])
+    assert group.predictions == ["\ufffd".encode()]
+
+
 def test_what_ends_a_thought_is_no_part_of_it(model, make, tokenizer):
     """RA3's price was due for a stop token alone, and Markovian's overlap fell with each </think>."""
     for name in ("ra3", "markovian"):
