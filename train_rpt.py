@@ -48,7 +48,9 @@ def group_advantages(rewards, normalize=False):
 
     A group whose advantages are all 0 costs no update: `Objective.examples` leaves it out.
     """
-    advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    # The first reward is subtracted first, because the mean of equal rewards may be rounded.
+    advantages = rewards - rewards[:, :1]
+    advantages = advantages - advantages.mean(dim=1, keepdim=True)
     if normalize:
         # With rewards of 0 and 1, a single hit in eight then weighs 2.5 instead of 0.9.
         advantages = advantages / (rewards.std(dim=1, keepdim=True) + 1e-6)
