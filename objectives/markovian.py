@@ -1,7 +1,8 @@
 r"""Markovian thoughts (arXiv 2404.18988): what follows is predicted from the thought alone.
 
     reward       r = log p(x_t | c) - log p(x_t | x_<t), nats: behind the thought, without context
-    advantage    A = (r - mean r) / std r, over the thoughts about the same position
+    advantage    A = (r - mean r) / std r, over the thoughts about the same position;
+                 0 where std r is below LEAST_STD, and then there is no second term either
     loss         -A log p(c | x_<t), a mean over the tokens of each thought,
                  - log p(x_t | c) / std r: the reward depends on the policy and has a gradient too
 
@@ -19,6 +20,7 @@ from objectives import rlp
 from plumbing.batch import Example
 
 REWARD_GRADIENT = 1.0   # weight of the second term; 0: a policy gradient alone
+LEAST_STD = 0.01        # nats; rewards that are closer may differ by rounding alone
 PIECE = 8               # bytes
 
 
@@ -30,6 +32,9 @@ class Objective(rlp.Objective):
         if args.temperature != 1:
             raise ValueError(f"--objective markovian needs --temperature 1, got {args.temperature}:"
                              " what follows is scored, and its gradient taken, at 1")
+        if args.normalize_advantage:
+            raise ValueError("--objective markovian cannot take --normalize-advantage: it divides "
+                             "by the standard deviation itself")
 
     def with_thoughts(self, group):
         targets = self.targets(group.question)
@@ -46,7 +51,8 @@ class Objective(rlp.Objective):
         for group, values in zip(groups, advantages):
             thoughts += len(group.rollouts)
             std = (sum(a * a for a in values) / (len(values) - 1)) ** 0.5
-            if not std:
+            # Divided by next to nothing, one group would outweigh all others.
+            if std < LEAST_STD:
                 continue
             tokens = [rollout.tokens for rollout in group.rollouts]
             examples.append(Example(

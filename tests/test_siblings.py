@@ -53,7 +53,7 @@ def make(base, corpus, tokenizer):
         usual = dict(objective=name, init=base, corpus=corpus.folder, proxy=None, data=None, template="short",
                      entropy_threshold=0.5, max_prompt_tokens=100, max_new_tokens=12, seed=0, rollouts=G,
                      tokens_per_micro_batch=60, skip_bad=False, skip_long=False, importance_cap=0.0,
-                     temperature=temperature)
+                     temperature=temperature, normalize_advantage=False)
         return objectives.load(name)(SimpleNamespace(**usual | changes), tokenizer, read_config(base))
     return made
 
@@ -398,6 +398,14 @@ def test_equal_rewards_are_no_advantage_whatever_their_mean_is_rounded_to():
         assert group_advantages(rewards, normalize).abs().max() == 0
 
 
+def test_rewards_that_differ_by_rounding_train_nothing(make):
+    """Markovian divides by their standard deviation: 1e-7 nats gave a group the weight of ten million."""
+    group = Group(Question([5, 6], [b" odd"], [5], 0), [Rollout([7], [-1.0])] * G, kept=[([-1.0], 0)] * G)
+    for spread, n in ((1e-7, 0), (1e-3, 0), (0.1, 1 + G)):
+        examples, size = make("markovian").examples([group], [[spread, -spread, spread, -spread]], 0)
+        assert len(examples) == n and size == G
+
+
 def test_what_ends_a_thought_is_no_part_of_it(model, make, tokenizer):
     """RA3's price was due for a stop token alone, and Markovian's overlap fell with each </think>."""
     for name in ("ra3", "markovian"):
@@ -473,6 +481,8 @@ def test_a_run_ends_with_the_flops_of_another(corpus, base, tmp_path):
 
 @pytest.mark.parametrize("changes, words", [
     (dict(objective="markovian", temperature=0.8), "--objective markovian needs --temperature 1, got 0.8"),
+    (dict(objective="markovian", temperature=1, normalize_advantage=True),
+     "--objective markovian cannot take --normalize-advantage"),
     (dict(objective="prerl", importance_cap=2), "--objective prerl cannot take --importance-cap"),
     (dict(objective="dsrl", importance_cap=2), "--objective dsrl cannot take --importance-cap"),
     (dict(objective="nsr", data="x.jsonl"), "--objective nsr needs either --corpus or --data"),
