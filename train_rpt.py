@@ -104,7 +104,7 @@ def collect(sampler, objective, step, cursor, args, log):
         everything += drawn
 
         # Every rank learns which groups of all ranks can train, so that all keep the same ones.
-        trains = [group.has_signal or not dynamic for group in drawn]
+        trains = [not dynamic or objective.trains(group) for group in drawn]
         trains = parallel.gather_lists(trains)
         kept = [i for i in range(args.batch_size) if trains[i]][:wanted]
         groups += [drawn[i - mine.start] for i in kept if mine.start <= i < mine.stop]

@@ -8,6 +8,7 @@
     longest_prompt()                     -> tokens of the longest prompt there is
     score(policy, groups)                fills in the predictions and rewards of each Group
     is_right(prediction, truth)          the yardstick of the metric "accuracy", whatever is paid
+    trains(group)                        -> is it worth keeping, where dynamic sampling chooses?
     is_end(tokens)                       -> does a rollout end here, beside the usual stop tokens?
     examples(groups, advantages, step)   -> what the update sees, and the size that its loss is
                                          divided by: by default every rollout behind its prompt,
@@ -70,6 +71,10 @@ class Base:
     def is_right(self, prediction, truth):
         """Is it what really follows? As in eval.py, and not to be edited along with a reward."""
         return prefix_match(prediction, truth) == 1
+
+    def trains(self, group):
+        """Does it have a gradient? Dynamic sampling replaces groups that have none."""
+        return group.has_signal
 
     def examples(self, groups, advantages, step):
         """Groups, and G advantages for each -> Examples for `pack`, and the size of the batch.

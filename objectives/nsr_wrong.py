@@ -10,6 +10,15 @@ from objectives import OnAnyTask
 
 
 class Objective(OnAnyTask):
+    def __init__(self, args, tokenizer, config):
+        super().__init__(args, tokenizer, config)
+        if args.normalize_advantage:
+            raise ValueError("--objective nsr_wrong cannot take --normalize-advantage: what is "
+                             "wrong has the advantage -1")
+
+    def trains(self, group):
+        return not all(group.hits)
+
     def examples(self, groups, advantages, step):
         wrong = [[0.0 if hit else -1.0 for hit in group.hits] for group in groups]
         return super().examples(groups, wrong, step)

@@ -483,6 +483,8 @@ def test_a_run_ends_with_the_flops_of_another(corpus, base, tmp_path):
     (dict(objective="markovian", temperature=0.8), "--objective markovian needs --temperature 1, got 0.8"),
     (dict(objective="markovian", temperature=1, normalize_advantage=True),
      "--objective markovian cannot take --normalize-advantage"),
+    (dict(objective="nsr_wrong", normalize_advantage=True),
+     "--objective nsr_wrong cannot take --normalize-advantage"),
     (dict(objective="prerl", importance_cap=2), "--objective prerl cannot take --importance-cap"),
     (dict(objective="dsrl", importance_cap=2), "--objective dsrl cannot take --importance-cap"),
     (dict(objective="nsr", data="x.jsonl"), "--objective nsr needs either --corpus or --data"),
@@ -499,6 +501,14 @@ def test_objectives_about_text_ask_for_a_corpus(base, tmp_path, name):
              "--temperature", 1]
     code, _, err = run_here(*words)
     assert code == 2 and err.count("\n") == 1 and f"--objective {name} needs --corpus" in err
+
+
+def test_dynamic_sampling_keeps_the_groups_that_are_all_wrong_for_those_who_train_on_them(make):
+    """nsr_wrong trains most on groups whose rewards are all 0, and the default drops these from step 500 on."""
+    kept = {name: [make(name).trains(Group(None, [], [], [float(hit) for hit in hits], hits))
+                   for hits in ([False] * G, [True] * G, [False, True] * 2)] for name in UPDATES + ["rlp"]}
+    assert kept.pop("nsr_wrong") == [True, False, True]
+    assert all(some == [False, False, True] for some in kept.values())
 
 
 def test_updates_can_be_about_questions(corpus, base, tokenizer, tmp_path):
