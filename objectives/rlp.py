@@ -62,9 +62,10 @@ class Objective(rpt.Objective):
         return [(group.question.prompt, [(self.closed(r), targets) for r in group.rollouts])]
 
     def without(self, question):
-        """-> the same without a thought: the context as it stands."""
-        bos = self.tokenizer.bos
-        return bos + question.context[len(bos) - self.longest:], [([], self.targets(question))]
+        """-> the same without a thought: as much of the context as the prompt has."""
+        lost = len(question.context) + sum(map(len, self.template)) - len(question.prompt)
+        context = self.tokenizer.bos + question.context[lost:]
+        return context, [([], self.targets(question))]
 
     def score(self, policy, groups):
         texts = [self.with_thoughts(group) for group in groups]

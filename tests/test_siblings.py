@@ -406,6 +406,33 @@ def test_rewards_that_differ_by_rounding_train_nothing(make):
         assert len(examples) == n and size == G
 
 
+def test_a_gain_compares_the_same_context(model, make, tokenizer):
+    """A prompt may lose its beginning, and then the score without a thought must not see it either."""
+    objective = make("rlp", max_prompt_tokens=6)
+    for group in groups_of(objective, tokenizer):
+        assert len(group.question.prompt) <= 6 and group.question.prompt[-1] == tokenizer.special["<think>"]
+        objective.score(model, [group])
+        targets = objective.targets(group.question)
+        plain = logprobs(model, group.question.prompt[:-1], targets).sum().item()
+        assert group.measures["no_thought"] == pytest.approx([plain] * G, rel=1e-10)
+
+
+def test_a_text_without_its_prompt_begins_with_the_bos_of_the_tokenizer(make, tokenizer):
+    rollout = Rollout(tokenizer.encode("1</think>", special=True), [-1.0] * 2, True)
+    objectives_by_name = {name: make(name) for name in ("rlp", "markovian", "prerl")}
+    tokenizer.bos = [9]
+    for name, objective in objectives_by_name.items():
+        group = Group(Question([9, 5, 6], [b" odd"], [5], 0), [rollout] * G)
+        if name == "rlp":
+            objective.template = [9], [6]
+            assert objective.without(group.question)[0] == [9, 5]
+        elif name == "markovian":
+            assert [prompt[:2] for prompt, _ in objective.with_thoughts(group)] == [[9, rollout.tokens[0]]] * G
+        else:
+            [example], _ = objective.examples([group], [[0.5, -0.5] * 2], 0)
+            assert example.prompt == [9]
+
+
 def test_what_ends_a_thought_is_no_part_of_it(model, make, tokenizer):
     """RA3's price was due for a stop token alone, and Markovian's overlap fell with each </think>."""
     for name in ("ra3", "markovian"):
