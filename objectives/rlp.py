@@ -88,9 +88,9 @@ class Objective(rpt.Objective):
         return gain
 
     def lesson(self, group, rollout):
-        """-> ids of a thought with the true text behind it, in a box."""
+        """-> ids of a thought with the true text behind it, in a box if there is one."""
         text = self.closed(rollout) + self.targets(group.question)
-        return text + self.tokenizer.encode("}") + [self.tokenizer.eos_id]
+        return text + self.tokenizer.encode("}" if PREDICT else "") + [self.tokenizer.eos_id]
 
     def lessons(self, group):
         """Every thought, right or wrong: they teach how far to trust it."""

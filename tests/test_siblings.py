@@ -551,6 +551,14 @@ def test_updates_can_be_about_questions(corpus, base, tokenizer, tmp_path):
         assert lines(tmp_path / name, "samples.jsonl")[0]["truth"] == "five"
 
 
+def test_without_a_box_a_lesson_closes_none(make, tokenizer, monkeypatch):
+    monkeypatch.setattr(objectives.rlp, "PREDICT", "")
+    objective = make("rlp")
+    [group] = groups_of(objective, tokenizer, n=1)
+    truth = group.question.truth[0]
+    assert tokenizer.decode_bytes(objective.lessons(group)[0]) == b"7+4=1; odd</think>" + truth + b"<|end|>"
+
+
 def test_ra3_teaches_its_best_thoughts_and_the_segment_behind_them(make, tokenizer):
     objective = make("ra3")
     [group] = groups_of(objective, tokenizer, n=1)
