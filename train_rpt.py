@@ -237,6 +237,7 @@ if __name__ == "__main__":
     args = parse_args()
     device = parallel.start(args.device)
     run = Run(args)
+    budget = flops_of_run(args.match_compute) if args.match_compute else math.inf
     source = run.checkpoint or args.init
     tokenizer = Tokenizer.load(source, for_model=True)
     Objective = objectives.load(args.objective)
@@ -252,10 +253,7 @@ if __name__ == "__main__":
     optimizer = make_optimizer(model, args.lr, BETAS, bf16_moments=args.bf16_moments)
     run.open(model, optimizer)
     log = StepLog(args, model, tokenizer)
-    budget, spent = math.inf, 0
-    if args.match_compute:
-        budget = flops_of_run(args.match_compute)
-        spent = flops_of_run(args.out_dir) if run.step else 0
+    spent = flops_of_run(args.out_dir) if args.match_compute and run.step else 0
     if spent >= budget:
         args.steps = run.step
     parallel.print0(f"{log.parameters:,} parameters, {len(objective.positions):,} positions, "
@@ -293,4 +291,7 @@ if __name__ == "__main__":
             run.save(model, tokenizer, optimizer)
         if is_over:
             break
+    if run.step == args.steps and spent < budget < math.inf:
+        parallel.print0(f"--steps {args.steps} came first: {spent:.2e} of the {budget:.2e} FLOPs of "
+                        f"{args.match_compute} are spent")
     run.farewell(f", curves: python plot.py {args.out_dir}")

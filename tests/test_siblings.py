@@ -504,6 +504,9 @@ def test_a_run_ends_with_the_flops_of_another(corpus, base, tmp_path):
     assert code == 0 and "done: " in out and contents(tmp_path / "nsr") == before
     code, _, err = run_here(*line("other", match_compute=tmp_path / "none"))
     assert code == 2 and err.count("\n") == 1 and "not the folder of a training run" in err
+    assert not (tmp_path / "other").exists()
+    code, out, _ = run_here(*line("few", steps=1, match_compute=tmp_path / "rpt"))
+    assert code == 0 and "--steps 1 came first: " in out and "--steps" not in run_here(*matched, "--resume")[1]
 
 
 @pytest.mark.parametrize("changes, words", [
