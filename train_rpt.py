@@ -292,6 +292,6 @@ if __name__ == "__main__":
         if is_over:
             break
     if run.step == args.steps and spent < budget < math.inf:
-        parallel.print0(f"--steps {args.steps} came first: {spent:.2e} of the {budget:.2e} FLOPs of "
-                        f"{args.match_compute} are spent")
+        parallel.print0(f"--steps {args.steps} came first: spent {spent:.2e} of the {budget:.2e} "
+                        f"FLOPs of {args.match_compute}")
     run.farewell(f", curves: python plot.py {args.out_dir}")

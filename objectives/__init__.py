@@ -45,7 +45,7 @@ class Group:
     hits: list = field(default_factory=list)             # whether each prediction is right
     scoring_tokens: int = 0                              # read by the policy to score the group
     measures: dict = field(default_factory=dict)         # {name: numbers}, for metrics.jsonl
-    kept: list = field(default_factory=list)             # by `score`, for `examples`
+    scored: list = field(default_factory=list)           # what `score` leaves for `examples`
 
     @property
     def has_signal(self):
@@ -96,7 +96,8 @@ class Base:
 
     def lessons(self, group):
         """-> rollouts worth imitating, lists of ids (paper/own_rollouts.py)."""
-        return [r.tokens for r, reward in zip(group.rollouts, group.rewards) if reward == 1]
+        return [rollout.tokens for rollout, prediction in zip(group.rollouts, group.predictions)
+                if self.is_right(prediction, group.question.truth)]
 
 
 class OnAnyTask(Base):
@@ -106,11 +107,20 @@ class OnAnyTask(Base):
         super().__init__(args, tokenizer, config)
         if bool(args.corpus) == bool(args.data):
             raise ValueError(f"--objective {args.objective} needs either --corpus or --data")
-        task = load("answers" if args.data else "rpt")(args, tokenizer, config)
-        # What is asked and what is right.
-        self.positions, self.question = task.positions, task.question
-        self.longest_prompt, self.score, self.is_right = (task.longest_prompt, task.score,
-                                                          task.is_right)
+        self.task = load("answers" if args.data else "rpt")(args, tokenizer, config)
+        self.positions = self.task.positions
+
+    def question(self, position):
+        return self.task.question(position)
+
+    def longest_prompt(self):
+        return self.task.longest_prompt()
+
+    def score(self, policy, groups):
+        self.task.score(policy, groups)
+
+    def is_right(self, prediction, truth):
+        return self.task.is_right(prediction, truth)
 
 
 def names():

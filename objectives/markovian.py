@@ -62,7 +62,8 @@ class Objective(rlp.Objective):
                 logprobs=[rollout.logprobs for rollout in group.rollouts]))
             # The reward's own gradient: what follows the thought, as if it were a rollout.
             weight = REWARD_GRADIENT / std
-            for (alone, [(_, targets)]), (scores, _) in zip(self.with_thoughts(group), group.kept):
+            texts = self.with_thoughts(group)
+            for (alone, [(_, targets)]), (scores, _) in zip(texts, group.scored):
                 examples.append(Example(alone, [targets], [[weight] * len(targets)], [scores]))
         return examples, thoughts
 

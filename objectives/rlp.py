@@ -71,17 +71,17 @@ class Objective(rpt.Objective):
         texts = [self.with_thoughts(group) for group in groups]
         plain = [self.without(group.question) for group in groups]
         budget = self.args.tokens_per_micro_batch
-        scores = iter(sum(read(policy, sum(texts, []), budget), []))
+        scores = iter(sum(read(policy, sum(texts, []), budget), []))        # one for each rollout
         for group, some, base, [(before, _)] in zip(groups, texts, plain,
                                                     read(policy, plain, budget)):
-            group.kept = [next(scores) for _ in group.rollouts]
-            gains = [sum(after) - sum(before) for after, _ in group.kept]
+            group.scored = [next(scores) for _ in group.rollouts]
+            gains = [sum(after) - sum(before) for after, _ in group.scored]
             group.rewards = list(map(self.worth, gains, group.rollouts))
             # For the metrics: the likeliest token behind a closed thought stands for a prediction.
             group.predictions = [
                 self.tokenizer.decode_bytes([guess]) if self.is_end(rollout.tokens) else None
-                for rollout, (_, guess) in zip(group.rollouts, group.kept)]
-            group.measures = dict(no_thought=[sum(before)] * len(group.rollouts))
+                for rollout, (_, guess) in zip(group.rollouts, group.scored)]
+            group.measures = dict(plain_logprob=[sum(before)] * len(group.rollouts))
             group.scoring_tokens = sum(map(count_tokens, [*some, base]))
 
     def worth(self, gain, rollout):

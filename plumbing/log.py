@@ -173,7 +173,7 @@ def rollout_metrics(groups):
     boxes, tokens = of_rollouts(groups, "boxes"), sum(of_rollouts(groups, "tokens"))
     measures = {name: np.mean([number for group in groups for number in group["measures"][name]])
                 for name in groups[0]["measures"]}
-    matches = [box for box, reward in zip(boxes, rewards.flat) if box is not None and reward == 1]
+    matches = [box for box, hit in zip(boxes, of_rollouts(groups, "hits")) if hit]
     return measures | dict(
         reward=rewards.mean(),
         accuracy=np.mean(of_rollouts(groups, "hits")),

@@ -207,7 +207,7 @@ def test_rewards_are_gains_at_temperature_1_of_closed_thoughts(model, make, corp
         assert group.rewards == pytest.approx(expected, rel=1e-10)
         targets = targets_of(name, corpus, tokenizer, group.question)
         plain = logprobs(model, group.question.context, targets).sum().item()
-        assert group.measures["no_thought"] == pytest.approx([plain] * G, rel=1e-10)
+        assert group.measures["plain_logprob"] == pytest.approx([plain] * G, rel=1e-10)
         # What the policy would have said: the likeliest token, for thoughts that were closed.
         seen = [] if name == "markovian" else group.question.prompt
         said = [tokenizer.token_bytes(model(torch.tensor([seen + closed(tokenizer, r)]))[0, -1].argmax().item())
@@ -298,7 +298,7 @@ def test_a_moving_average_as_baseline_changes_no_advantage(model, make, tokenize
             targets = objective.targets(group.question)
             with torch.no_grad():
                 before = logprobs(average, group.question.context, targets).sum()
-            now = group.measures["no_thought"][0]
+            now = group.measures["plain_logprob"][0]
             papers.append([reward + now - before.item() for reward in group.rewards])
             apart = max(apart, abs(before.item() - now))
         torch.testing.assert_close(group_advantages(torch.tensor(papers)), ours, rtol=1e-9, atol=1e-12)
@@ -400,7 +400,7 @@ def test_equal_rewards_are_no_advantage_whatever_their_mean_is_rounded_to():
 
 def test_rewards_that_differ_by_rounding_train_nothing(make):
     """Markovian divides by their standard deviation: 1e-7 nats gave a group the weight of ten million."""
-    group = Group(Question([5, 6], [b" odd"], [5], 0), [Rollout([7], [-1.0])] * G, kept=[([-1.0], 0)] * G)
+    group = Group(Question([5, 6], [b" odd"], [5], 0), [Rollout([7], [-1.0])] * G, scored=[([-1.0], 0)] * G)
     for spread, n in ((1e-7, 0), (1e-3, 0), (0.1, 1 + G)):
         examples, size = make("markovian").examples([group], [[spread, -spread, spread, -spread]], 0)
         assert len(examples) == n and size == G
@@ -414,7 +414,7 @@ def test_a_gain_compares_the_same_context(model, make, tokenizer):
         objective.score(model, [group])
         targets = objective.targets(group.question)
         plain = logprobs(model, group.question.prompt[:-1], targets).sum().item()
-        assert group.measures["no_thought"] == pytest.approx([plain] * G, rel=1e-10)
+        assert group.measures["plain_logprob"] == pytest.approx([plain] * G, rel=1e-10)
 
 
 def test_a_text_without_its_prompt_begins_with_the_bos_of_the_tokenizer(make, tokenizer):
@@ -476,7 +476,7 @@ def test_a_run_moves_and_its_halves_are_the_whole(corpus, thinker, tmp_path, mon
         if name not in ("prerl", "dsrl"):
             assert (step["logp_gap"] or 0) < 1e-5
         if name in THOUGHTS:
-            assert step["no_thought"] < 0 and step["frac_zero_std"] < 1
+            assert step["plain_logprob"] < 0 and step["frac_zero_std"] < 1
         assert ("overlap" in step) == (name == "markovian")
 
 
