@@ -18,7 +18,7 @@ from sample import Rollout, generate
 from test_runs import command, contents, lines
 from test_scale import assert_same, run_on
 from test_train import double, fp64
-from tiny import base, corpus, run_here, thinker
+from tiny import ROOT, base, corpus, run_here, thinker
 from train_rpt import group_advantages, policy_update
 
 G, TEMPERATURE = 4, 0.7
@@ -572,3 +572,30 @@ def test_ra3_teaches_its_best_thoughts_and_the_segment_behind_them(make, tokeniz
     group.rewards = [-1.0, -0.5, -0.2, 0.0]
     assert objective.lessons(group) == []  # no thought pays
     assert ra3.PRICE == 0.1
+
+
+def test_the_examples_in_the_docs_do_what_is_said_of_them(model, make, corpus, tokenizer):
+    """Both objectives of docs/objectives.md: a fine for length; surprise, and rollouts above the mean alone."""
+    text = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
+    short, surprise = ({} for _ in range(2))
+    for name, names in (("short", short), ("surprise", surprise)):
+        code = text.split(f"`objectives/{name}.py`:")[1].split("```python")[1].split("```")[0]
+        exec(code, names)
+        made = make("nsr")  # for its arguments
+        names["groups"] = groups_of(made, tokenizer)
+        names["objective"] = names["Objective"](made.args, tokenizer, read_config(made.args.init))
+        names["objective"].score(model, names["groups"])
+    for group, other in zip(short["groups"], surprise["groups"]):
+        right = [p == group.question.truth[0] for p in group.predictions]
+        fines = [0.001 * len(rollout.tokens) for rollout in group.rollouts]
+        assert group.rewards == pytest.approx([r - fine for r, fine in zip(right, fines)])
+        assert group.measures["fine"] == pytest.approx(fines)
+        [target] = true_tokens(corpus, group.question, 1)
+        worth = -logprobs(model, group.question.context, [target]).item()
+        assert other.rewards == pytest.approx([worth * r for r in right])
+        assert other.scoring_tokens == len(group.question.context) + 1
+    groups = surprise["groups"]
+    advantages = group_advantages(torch.tensor([group.rewards for group in groups])).tolist()
+    examples, size = surprise["objective"].examples(groups, advantages, 0)
+    above = [r.tokens for group, row in zip(groups, advantages) for r, a in zip(group.rollouts, row) if a > 0]
+    assert [ids for example in examples for ids in example.rollouts] == above and size == sum(map(len, above))
