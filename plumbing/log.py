@@ -292,10 +292,11 @@ def about(record):
 
 def flops_of_run(run, parameters=0, updates_only=False):
     """FLOPs that an RPT run has spent on sampling, scoring and updates, or on updates alone."""
-    steps = read_metrics(run)
-    if updates_only:
-        return sum(6 * parameters * step["trained_tokens"] for step in steps)
-    return sum(step["flops"] for step in steps)
+    name, factor = ("trained_tokens", 6 * parameters) if updates_only else ("flops", 1)
+    numbers = [step.get(name) for step in read_metrics(run)]
+    if None in numbers:
+        raise ValueError(f"{run}/metrics.jsonl: step {numbers.index(None) + 1} has no '{name}'")
+    return sum(factor * number for number in numbers)
 
 
 def read_metrics(run):

@@ -505,6 +505,10 @@ def test_a_run_ends_with_the_flops_of_another(corpus, base, tmp_path):
     code, _, err = run_here(*line("other", match_compute=tmp_path / "none"))
     assert code == 2 and err.count("\n") == 1 and "not the folder of a training run" in err
     assert not (tmp_path / "other").exists()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    for script in ("train_rpt.py", "train_ntp.py"):
+        code, _, err = run_here(*command(script, corpus, base, tmp_path / "other", match_compute=tmp_path))
+        assert code == 2 and err.count("\n") == 1 and "metrics.jsonl: step 1 has no 'flops'" in err
     code, out, _ = run_here(*line("few", steps=1, match_compute=tmp_path / "rpt"))
     assert code == 0 and "--steps 1 came first: " in out and "--steps" not in run_here(*matched, "--resume")[1]
 
