@@ -344,6 +344,11 @@ def test_a_thought_ends_where_it_is_closed_also_by_several_tokens(make, tokenize
     assert not objective.is_end(plain[:-1]) and not objective.is_end(plain + [5] * 8)
     rollout = Rollout([5, *plain], [], True)
     assert objective.closed(rollout) == [5, *plain] + objective.predict
+    # Its last token may hold more than the end, as ">\n" of many tokenizers does.
+    tokenizer._bytes[999] = b">\n"
+    rollout.tokens[-1] = 999
+    assert objective.is_end(rollout.tokens) and objective.thought(rollout) == tokenizer.decode_bytes([5])
+    assert objective.closed(rollout) == [5, *plain[:-1], 999] + objective.predict
 
 
 def test_generate_ends_a_rollout_where_it_is_told_to_and_disturbs_no_other(tiny_gpt):
