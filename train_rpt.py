@@ -118,10 +118,10 @@ def collect(sampler, objective, step, cursor, args, log):
 def policy_update(model, optimizer, batches, size, args):
     """One step along the policy gradient (or --updates-per-batch of them) -> its metrics.
 
-    batches: this rank's MicroBatches. size: of the batch, over all ranks: for a mean over tokens
-    the rollout tokens, those of groups without a gradient included. Dividing by it gives the same
-    update however the batch is cut into micro-batches and shares. An update that is not finite is
-    not applied: ValueError.
+    batches: this rank's MicroBatches. size: what the loss is divided by, summed over all ranks: by
+    default the number of rollout tokens, those of groups without a gradient included. So the update
+    is the same however the batch is cut into micro-batches and shares. An update that is not finite
+    is not applied: ValueError.
     """
     idle = idle_micro_batch(model.device)
     sums = torch.zeros(3, dtype=torch.float64, device=model.device)   # loss, clipped, gap
@@ -292,6 +292,6 @@ if __name__ == "__main__":
         if is_over:
             break
     if run.step == args.steps and spent < budget < math.inf:
-        parallel.print0(f"--steps {args.steps} came first: spent {spent:.2e} of the {budget:.2e} "
-                        f"FLOPs of {args.match_compute}")
+        parallel.print0(f"--steps {args.steps} came first: {spent:.2e} of the {budget:.2e} FLOPs "
+                        f"of {args.match_compute} are spent")
     run.farewell(f", curves: python plot.py {args.out_dir}")

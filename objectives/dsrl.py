@@ -3,9 +3,9 @@
     steps 0 to WARM_UP - 1      rollouts worse than their group, behind no prompt (nsr and prerl)
     later                       RPT's update (--corpus), or that of questions (--data)
 
-The authors advise 10 to 25 steps of warm-up. What differs: their scripts scale the loss of the
-warm-up by 0.01 by default, which Adam undoes at once, but whose second moments are then too small
-by 1e-4 at the switch; here nothing is scaled.
+The authors advise 10 to 25 steps of warm-up. What differs: their scripts multiply the loss of the
+warm-up by 0.01 by default. Adam divides that out again, but at the switch its second moments are
+then too small by a factor of 1e-4. Here nothing is scaled.
 """
 from objectives import Base, nsr
 from objectives.prerl import check_cap, without_prompts

@@ -13,8 +13,9 @@ What differs: in the authors' code with --parallel the second term is -A itself,
 batch is 0 whatever the weights, so it has no gradient; here mean and std are constants, as in the
 paper's derivation. Their baseline, the frozen start model, depends on the position alone and drops
 out of A; the one in the logged reward is the policy that sees the context. There is no KL penalty
-(theirs: 0.1). They predict 100 tokens from thoughts of 50, or an answer: see TARGETS. The update
-divides logits by --temperature, which has to be 1 for the second term to be right.
+(theirs: 0.1). They predict 100 tokens from thoughts of 50, or an answer; here it is TARGETS tokens,
+of which there are TRUTH_TOKENS at most (objectives/rpt.py). The update divides logits by
+--temperature, which has to be 1 for the second term to be right.
 """
 from objectives import rlp
 from plumbing.batch import Example
@@ -25,8 +26,6 @@ PIECE = 8               # bytes
 
 
 class Objective(rlp.Objective):
-    TARGETS = 1
-
     def __init__(self, args, tokenizer, config):
         super().__init__(args, tokenizer, config)
         if args.temperature != 1:

@@ -2,9 +2,10 @@
 
     loss         a mean over the tokens of all rollouts
 
-So groups that are all wrong count, and most: where a policy is right in 3 of 100 rollouts, this
-makes nearly everything that it does less likely. In objectives/nsr.py wrong is worse than the
-group. Text (--corpus) or questions (--data).
+So groups that are all wrong count, and count most: where a policy is right in 3 of 100 rollouts,
+this makes nearly everything that it does less likely. Dynamic sampling replaces groups that are all
+right. In objectives/nsr.py "wrong" means worse than the group. Text (--corpus) or questions
+(--data).
 """
 from objectives import OnAnyTask
 

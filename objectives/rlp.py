@@ -6,13 +6,13 @@ r"""RLP, Reinforcement as a Pretraining Objective (arXiv 2510.01265): rewards wh
     advantage    G / (G - 1) (r - mean r)                                                (eq. 7)
     loss         over thought tokens: a mean for each thought, then over thoughts        (eq. 8)
 
-Nothing is predicted by sampling and no verifier asked, so nearly every group has a signal. Scores
-are taken at temperature 1, and no gradient flows through them. A thought that was cut off is
-closed, or the reward would say where its sentence broke off.
+No prediction is sampled and no verifier asked, so a group has a signal unless its thoughts are the
+same. Scores are taken at temperature 1, and no gradient flows through them. A thought that was cut
+off is closed before it is scored, or the reward would depend on where its sentence broke off.
 
-What differs: the paper subtracts the score of a moving average of the policy. It has not seen the
-thought, so it depends on the position alone and drops out of eq. 7; here the policy of the day
-stands in for it in the logged reward, and there is no second model. And our models put what they
+What differs: in the paper the second score is that of a moving average of the policy's weights. It
+has not seen the thought, so it depends on the position alone and drops out of eq. 7; here there is
+no second model, and the reward that is logged takes the policy itself. And our models put what they
 predict into a box, so that is where the score is taken: behind </think> they would write \boxed,
 whatever they think. For a model that has never boxed, PREDICT = "" is the paper's way. The paper's
 constants: G 16, temperature 0.7, thoughts of 2,048 tokens, batch 512, lr 1e-6, no KL.

@@ -10,7 +10,8 @@ def read(model, groups, budget):
     """Log-probs of target tokens after what is given, and what the model expected instead.
 
     groups: [(prompt, [(given, targets), ...]), ...], all lists of ids; given may be empty. A prompt
-    is computed once for its continuations, and about `budget` tokens at a time.
+    is computed once for its continuations. A forward pass takes at most `budget` tokens, or a group
+    alone, which is never cut.
     -> for each group a list of (log-probs of its targets at temperature 1, nats; the id that was
     most probable in place of the first target)
     """
