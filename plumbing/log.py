@@ -178,7 +178,7 @@ def rollout_metrics(groups):
         reward=rewards.mean(),
         accuracy=np.mean(of_rollouts(groups, "hits")),
         reward_std=rewards.std(),
-        frac_zero_std=(rewards.std(axis=1) == 0).mean(),
+        frac_zero_std=(np.ptp(rewards, axis=1) == 0).mean(),  # no std, because that is rounded
         reward_pass_at_g=rewards.max(axis=1).mean(),
         match_len=np.mean(matches) if matches else math.nan,
         format_rate=np.mean([box is not None for box in boxes]),

@@ -13,7 +13,7 @@ from model import GPT, GPTConfig, read_config
 from objectives import Group, Question, dsrl, markovian, ra3
 from plumbing import likelihood
 from plumbing.batch import pack
-from plumbing.log import flops_of_run
+from plumbing.log import flops_of_run, rollout_metrics
 from sample import Rollout, generate
 from test_runs import command, contents, lines
 from test_scale import assert_same, run_on
@@ -401,6 +401,9 @@ def test_equal_rewards_are_no_advantage_whatever_their_mean_is_rounded_to():
     rewards = torch.randn(500, 1).expand(500, 7)
     for normalize in (False, True):
         assert group_advantages(rewards, normalize).abs().max() == 0
+    groups = [dict(rewards=some, hits=[0], boxes=[None], tokens=[1], logprobs=[0], truncated=[0], measures={})
+              for some in torch.randn(500, 1).double().div(3).expand(500, 7).tolist()]
+    assert rollout_metrics(groups)["frac_zero_std"] == 1
 
 
 def test_rewards_that_differ_by_rounding_train_nothing(make):
