@@ -376,13 +376,20 @@ def test_reading_is_the_same_whatever_the_budget(model):
     assert likelihood.read(model, [], 10) == []
 
 
-def test_no_text_that_is_scored_is_longer_than_the_model(corpus, thinker, tmp_path):
-    """Prompt, rollout, what closes it and what is scored: the longest of all have to fit."""
-    for name in THOUGHTS:
-        line = command("train_rpt.py", corpus, thinker, tmp_path / name, objective=name, temperature=1, steps=1,
-                       max_new_tokens=70, tokens_per_micro_batch=300)
-        code, _, err = run_here(*line)
-        assert code == 0, err
+def test_no_text_that_is_scored_is_longer_than_the_model(make, monkeypatch):
+    """Prompt, rollout, what closes it and what is scored: the longest of all have to fit its 128 positions."""
+    seen = []
+
+    def read(policy, texts, budget):
+        seen.extend(len(prompt + given + targets) for prompt, pairs in texts for given, targets in pairs)
+        return [[([-1.0], 0) for _ in pairs] for _, pairs in texts]
+
+    monkeypatch.setattr(objectives.rlp, "read", read)
+    for name, n in (("ra3", 80), ("gain_n", 105), ("rlp", 105)):
+        objective = make(name, max_prompt_tokens=128, max_new_tokens=n)
+        groups = [Group(objective.question(position), [Rollout([5] * n)]) for position in objective.positions[:200]]
+        objective.score(None, groups)
+    assert max(seen) == 128
 
 
 def test_a_model_may_expect_an_id_that_its_tokenizer_lacks(make, tokenizer, monkeypatch):
@@ -486,6 +493,9 @@ def test_a_run_moves_and_its_halves_are_the_whole(corpus, thinker, tmp_path, mon
         if name in THOUGHTS:
             assert step["plain_logprob"] < 0 and step["frac_zero_std"] < 1
         assert ("overlap" in step) == (name == "markovian")
+    if name in THOUGHTS:  # nothing comes behind a thought
+        assert all(sample["response"].split("</think>")[1:] in ([""], []) for sample in
+                   lines(tmp_path / "whole", "samples.jsonl"))
 
 
 @pytest.mark.slow
@@ -564,6 +574,16 @@ def test_updates_can_be_about_questions(corpus, base, tokenizer, tmp_path):
         code, _, err = run_here(*line)
         assert code == 0, err
         assert lines(tmp_path / name, "samples.jsonl")[0]["truth"] == "five"
+
+
+def test_thoughts_that_are_taught_have_one_box(corpus, base, tmp_path):
+    """own_rollouts.py samples as training does: a rollout ends with its thought."""
+    line = ["paper/own_rollouts.py", "--objective", "rlp", "--corpus", corpus.folder, "--init", base, "--template",
+            "short", "--count", 5, "--rollouts", 2, "--max-new-tokens", 12, "--out", tmp_path / "own.jsonl"]
+    code, _, err = run_here(*line)
+    assert code == 0, err
+    texts = [string["text"] for string in lines(tmp_path, "own.jsonl")]
+    assert len(texts) == 10 and all(text.count("\\boxed{") == text.count("</think>") == 1 for text in texts)
 
 
 def test_without_a_box_a_lesson_closes_none(make, tokenizer, monkeypatch):
