@@ -113,9 +113,9 @@ class StepLog:
                 "--init), or --rollouts is too small")
         if metrics["format_rate"] < 0.05:
             found["form"] = (
-                f"{metrics['format_rate']:.0%} of the rollouts hold a prediction: the model does "
-                "not know the form (warm start: data/warmstart.py and train_ntp.py --strings), or "
-                "has no room (--max-new-tokens)")
+                f"{metrics['format_rate']:.0%} of the rollouts hold a prediction or, where none is "
+                "asked for, a closed thought: the model does not know the form (warm start: "
+                "data/warmstart.py and train_ntp.py --strings), or has no room (--max-new-tokens)")
         if metrics["logp_gap"] > 0.05:
             found["gap"] = (
                 f"logp_gap is {metrics['logp_gap']:.2g}: sampler and trainer disagree about the "
@@ -124,7 +124,7 @@ class StepLog:
         if metrics["len_mean"] > 0.95 * longest:
             found["length"] = (
                 f"rollouts have {metrics['len_mean']:.0f} tokens on average and --max-new-tokens "
-                f"is {longest}: thoughts are cut off before they reach the box; raise it")
+                f"is {longest}: thoughts are cut off before they end; raise it")
         new = [name for name in found if name not in self.warned]
         self.warned.update(new)
         return [found[name] for name in new]
