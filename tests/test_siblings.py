@@ -13,7 +13,7 @@ from model import GPT, GPTConfig, read_config
 from objectives import Group, Question, dsrl, markovian, ra3
 from plumbing import likelihood
 from plumbing.batch import pack
-from plumbing.log import flops_of_run, rollout_metrics
+from plumbing.log import flops_of_run, in_numbers, rollout_metrics
 from sample import Rollout, generate
 from test_runs import command, contents, lines
 from test_scale import assert_same, run_on
@@ -216,6 +216,8 @@ def test_rewards_are_gains_at_temperature_1_of_closed_thoughts(model, make, corp
         read = [len(seen) + len(closed(tokenizer, r)) + len(targets) for r in group.rollouts]
         shared = 0 if name == "markovian" else (G - 1) * len(seen)
         assert group.scoring_tokens == sum(read) - shared + len(group.question.context) + len(targets)
+        drawn = sum(len(rollout.tokens) for rollout in group.rollouts)
+        assert in_numbers(group)["read"] == len(group.question.prompt) + drawn + group.scoring_tokens
 
 
 def test_by_hand(make, tokenizer, monkeypatch):
@@ -555,12 +557,19 @@ def test_objectives_about_text_ask_for_a_corpus(base, tmp_path, name):
     assert code == 2 and err.count("\n") == 1 and f"--objective {name} needs --corpus" in err
 
 
-def test_dynamic_sampling_keeps_the_groups_that_are_all_wrong_for_those_who_train_on_them(make):
+def test_dynamic_sampling_keeps_the_groups_that_are_all_wrong_for_those_who_train_on_them(
+        make, corpus, thinker, tmp_path):
     """nsr_wrong trains most on groups whose rewards are all 0, and the default drops these from step 500 on."""
     kept = {name: [make(name).trains(Group(None, [], [], [float(hit) for hit in hits], hits))
                    for hits in ([False] * G, [True] * G, [False, True] * 2)] for name in UPDATES + ["rlp"]}
     assert kept.pop("nsr_wrong") == [True, False, True]
     assert all(some == [False, False, True] for some in kept.values())
+    sampled = {}
+    for name in ("nsr", "nsr_wrong"):
+        code, _, err = run_here(*line_of(name, corpus, thinker, tmp_path / name, steps=3, dynamic_sampling_from=0))
+        assert code == 0, err
+        sampled[name] = [round(step["tokens"] / step["len_mean"]) for step in lines(tmp_path / name)]
+    assert sum(sampled["nsr_wrong"]) < sum(sampled["nsr"])  # rollouts; fewer groups are replaced
 
 
 def test_updates_can_be_about_questions(corpus, base, tokenizer, tmp_path):
