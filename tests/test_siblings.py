@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import kernels
 import objectives
 from data.prompt import stop_ids
 from data.tokenizer import Tokenizer
@@ -508,6 +509,19 @@ def test_ranks_take_the_same_steps(corpus, thinker, tmp_path, name, ranks):
         code, _, err = run_on(n, line(str(n)))
         assert code == 0, err
     assert_same(tmp_path / "1", tmp_path / str(ranks), thinker)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["markovian", "nsr"])
+def test_bitwise_kernels_leave_no_gap(corpus, thinker, tmp_path, name):
+    """Thoughts as sampled and as trained, and what follows them as scored and as trained."""
+    line = line_of(name, corpus, thinker, tmp_path / "run", kernels="bitwise", steps=2, batch_size=3, rollouts=3,
+                   max_new_tokens=8)
+    code, _, err = run_here(*line)
+    kernels.set_backend("torch")
+    assert code == 0, err
+    gaps = [step["logp_gap"] for step in lines(tmp_path / "run")]  # null where no group had a signal
+    assert {gap for gap in gaps if gap is not None} == {0.0}
 
 
 def test_a_run_ends_with_the_flops_of_another(corpus, base, tmp_path):
