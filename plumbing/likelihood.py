@@ -1,4 +1,6 @@
 """How likely a model finds texts that it did not write: log-probs of given tokens."""
+from itertools import accumulate
+
 import torch
 
 from kernels.logprob import logprob, sample
@@ -15,7 +17,7 @@ def read(model, groups, budget):
     -> for each group a list of (log-probs of its targets at temperature 1, nats; the id that was
     most probable in place of the first target)
     """
-    read = []
+    scores = []
     for run in cut(groups, budget, count_tokens):
         texts = [(prompt, [given + targets for given, targets in pairs]) for prompt, pairs in run]
         tokens, layout = flatten(texts, model.device)
@@ -26,17 +28,14 @@ def read(model, groups, budget):
         chosen = [i for end, n in zip(ends, counts) for i in range(end - n, end)]
         chosen = torch.tensor(chosen, device=model.device)
         hidden = hidden[layout.predict_rows[chosen]]
-        targets = tokens[layout.rollout_rows[chosen]]
-        logprobs = model.finite(logprob(hidden, model.head, targets)[0])
-        bits = torch.zeros_like(targets)  # temperature 0 draws nothing
-        likeliest = sample(hidden, model.head, bits, temperature=0)[0].tolist()
-        first, texts = 0, []
-        for n, values in zip(counts, logprobs.split(counts)):
-            texts.append((values.tolist(), likeliest[first]))
-            first += n
-        texts = iter(texts)
-        read += [[next(texts) for _ in pairs] for _, pairs in run]
-    return read
+        ids = tokens[layout.rollout_rows[chosen]]
+        logprobs = model.finite(logprob(hidden, model.head, ids)[0]).tolist()
+        # At temperature 0 the random bits are not used.
+        likeliest = sample(hidden, model.head, torch.zeros_like(ids), 0)[0].tolist()
+        of_texts = ((logprobs[end - n:end], likeliest[end - n])
+                    for n, end in zip(counts, accumulate(counts)))
+        scores += [[next(of_texts) for _ in pairs] for _, pairs in run]
+    return scores
 
 
 def count_tokens(group):
