@@ -15,7 +15,6 @@ After Ctrl-C the same command continues. Each seed has its own corpus, base mode
     no-thought    RPT whose prompt closes the thought at once; more steps, because they are short
     rlp, nsr ...  other objectives (docs/objectives.md) until they have spent rpt's FLOPs,
                   or for OBJECTIVES steps
-    ra3-sft       next-token training on the thoughts that ra3 has found, its second stage
     calibrated    the base, taught by its own thoughts with the truth behind them how far to trust
                   them; rlp-calibrated and rpt-calibrated start there
     others        rpt with other flags, see VARIANTS
@@ -63,15 +62,12 @@ LESSONS = {  # name: the flags of its next-token training
     "mixed-sft": "--strings {run}/corpus/strings.jsonl --documents-per-step 6 "
                  "--strings-per-step 24 --problem-weight 0.3 --lr 1e-3",
     "mixed-own": "--updates-only --strings {run}/own.jsonl --documents-per-step 6 "
-                 "--strings-per-step 24 --problem-weight 0.3 --lr 1e-3",
-    "ra3-sft": "--updates-only --strings {run}/ra3.jsonl --documents-per-step 0 "
-               "--strings-per-step 32 --lr 3e-4"}
+                 "--strings-per-step 24 --problem-weight 0.3 --lr 1e-3"}
+OWN = ["sft-own", "mixed-own"]  # these train on the base's own right rollouts
 CALIBRATED = {  # name: the flags by which it differs from rpt
     "rlp-calibrated": "--objective rlp",
     "rpt-calibrated": ""}
 CALIBRATION_STEPS = 300
-OWN = {  # name: whose rollouts it trains on, and the objective that chooses them
-    "sft-own": ("base", "rpt"), "mixed-own": ("base", "rpt"), "ra3-sft": ("ra3", "ra3")}
 TRAINED = ["rpt", *LESSONS, *VARIANTS, "calibrated", *CALIBRATED]
 POSITIONS = 32                                        # of a step of rpt
 FITTED = [10, 20, 30, 40, 60, 80, 100, 150, 250]      # steps of rpt, for the scaling fit
@@ -117,8 +113,9 @@ def ntp_command(run, seed, name):
             f"--match-compute {run}/rpt --seed {seed} --resume {lessons}")
 
 
-def own_rollouts_command(run, seed, start, objective, out):
-    return (f"paper/own_rollouts.py --init {start} --objective {objective} --corpus {run}/corpus "
+def own_rollouts_command(run, seed, objective, out):
+    return (f"paper/own_rollouts.py --init {base(run)} --objective {objective} "
+            f"--corpus {run}/corpus "
             f"--template short --count {demo.RPT_STEPS * POSITIONS} --rollouts 8 "
             f"--max-new-tokens 64 --seed {seed} --out {out}")
 
@@ -162,14 +159,13 @@ def training(run, seed, names):
 
 
 def imitating(run, seed, names):
-    """Supervised training on rollouts of the base, or of ra3."""
+    """Supervised training on rollouts of the base."""
+    out = f"{run}/own.jsonl"
     stages = []
     for name in names:
         if name in OWN:
-            whose, objective = OWN[name]
-            out = f"{run}/ra3.jsonl" if whose == "ra3" else f"{run}/own.jsonl"
-            sample = own_rollouts_command(run, seed, start_of(run, whose), objective, out)
-            stages.append((f"Rollouts of {whose}: as many are sampled as in RPT.", sample, out))
+            stages.append(("The base's own right rollouts: as many are sampled as in RPT.",
+                           own_rollouts_command(run, seed, "rpt", out), out))
             stages.append((f"Control: {name}.", ntp_command(run, seed, name), f"{run}/{name}/done"))
     return stages
 
@@ -181,7 +177,7 @@ def calibrating(run, seed, names):
         return []
     start = f"{run}/calibrated/step_{CALIBRATION_STEPS:06d}"
     strings = f"{run}/calibration.jsonl"
-    sample = own_rollouts_command(run, seed, base(run), "rlp", strings) + " --count 2000"
+    sample = own_rollouts_command(run, seed, "rlp", strings) + " --count 2000"
     train = (f"train_ntp.py --init {base(run)} --corpus {run}/corpus --out-dir {run}/calibrated "
              f"--strings {strings} --documents-per-step 0 --strings-per-step 32 --lr 3e-4 "
              f"--steps {CALIBRATION_STEPS} --seed {seed} --resume")
@@ -357,8 +353,6 @@ if __name__ == "__main__":
     os.chdir(flags.ROOT)
     for seed in args.seeds:
         names = ["rpt", *args.only]
-        if "ra3-sft" in names:
-            names.append("ra3")
         if CALIBRATED.keys() & set(names):
             names.append("calibrated")
         run_seed(f"{args.out_dir}/seed-{seed}", seed, list(dict.fromkeys(names)))

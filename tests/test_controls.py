@@ -115,8 +115,6 @@ def test_all_documents_are_scored_and_rollouts_are_as_many_as_in_rpt(finished, m
 
 @pytest.mark.parametrize("name", controls.TRAINED)
 def test_one_control_alone_needs_no_other(finished, name, monkeypatch):
-    if name == "ra3-sft":
-        return  # the second stage of ra3
     made = set(runs_of(list(dict.fromkeys(["rpt", name])), monkeypatch))
     if name in controls.CALIBRATED:
         made.remove("calibrated")

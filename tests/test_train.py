@@ -432,7 +432,7 @@ def test_a_lap_waits_for_what_the_gpu_still_has_to_do(monkeypatch, device, secon
     assert log.seconds == seconds
 
 
-def test_the_length_of_a_match_is_that_of_predictions_that_earn_a_whole_reward():
+def test_the_length_of_a_match_is_that_of_right_predictions_whatever_they_earn():
     question = Question(prompt=[1], truth=[], context=[], position=0)
     rollouts = [Rollout(tokens=[1, 2], logprobs=[-1.0, -2.0], finished=True) for _ in range(4)]
     hits = [True, False, False, False]
@@ -441,7 +441,7 @@ def test_the_length_of_a_match_is_that_of_predictions_that_earn_a_whole_reward()
     assert in_numbers(group)["read"] == 1 + 8 + 5
     metrics = rollout_metrics([in_numbers(group)])
     assert metrics["reward"] == 0.625 and metrics["accuracy"] == 0.25
-    assert metrics["match_len"] == 3 and metrics["format_rate"] == 0.75 and metrics["entropy"] == 1.5
+    assert metrics["match_len"] == 2 and metrics["format_rate"] == 0.75 and metrics["entropy"] == 1.5
 
 
 def test_ranks_exchange_numbers_and_not_rollouts(monkeypatch, tmp_path):
