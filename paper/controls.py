@@ -1,6 +1,6 @@
 """Is it the thinking, or something cheaper? Controls and ablations of RPT on the embedded model.
 
-    python paper/controls.py --seeds 0 1 2                about 80 minutes a seed on one core
+    python paper/controls.py --seeds 0 1 2                about two hours a seed on one core
     python paper/controls.py --seeds 0 --only rpt ntp     some of them
 
 After Ctrl-C the same command continues. Each seed has its own corpus, base model and filter
