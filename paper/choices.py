@@ -21,14 +21,14 @@ from tqdm import tqdm
 
 if __name__ == "__main__":  # the repository, not paper/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from plumbing import flags  # before torch: how its threads wait
-import torch
+from plumbing import flags
 from data.answers import layout_free
 from data.corpus import check_text
 from data.questions import field, leave_out_long, read_lines, text_field
 from eval import load_model, result, thought_result
 from paper.answers import evaluate_all, parse_question_args, think, with_room
-from plumbing.batch import cut, flatten
+from plumbing.batch import cut
+from plumbing.likelihood import count_tokens, read
 
 TOKENS_PER_PASS = 8192            # of a forward pass over options; bounds memory
 LETTERS = string.ascii_uppercase  # names of options
@@ -87,35 +87,24 @@ def is_letter(box, letter):
 
 # ---- likelihood ----
 
-@torch.no_grad()
 def option_logprobs(model, tokenizer, choices):
     """-> for each Choice the summed log-probs of its options after the question, in nats.
 
-    Options are packed as rollouts of their question, so the question is computed once.
+    Options continue their question, which is computed once.
     """
-    groups = [encode(tokenizer, choice) for choice in choices]
-    sums = []
-    with tqdm(total=len(groups), desc="likelihood", unit="question", disable=None) as bar:
-        for run in cut(groups, TOKENS_PER_PASS, count_tokens):
-            tokens, layout = flatten(run, model.device)
-            logprobs = model.finite(model.logprobs(tokens, layout))                 # (S,)
-            by_option = iter(logprobs.split(layout.rollout_lens.tolist()))
-            for _, options in run:
-                sums.append([next(by_option).sum().item() for _ in options])
+    texts, sums = [encode(tokenizer, choice) for choice in choices], []
+    with tqdm(total=len(texts), desc="likelihood", unit="question", disable=None) as bar:
+        for run in cut(texts, TOKENS_PER_PASS, count_tokens):
+            for scores in read(model, run, TOKENS_PER_PASS):
+                sums.append([sum(logprobs) for logprobs, _ in scores])
             bar.update(len(run))
     return sums
 
 
 def encode(tokenizer, choice):
-    """Choice -> ids of the question, [ids of each option]."""
+    """Choice -> its question and options, as `read` takes them."""
     question = tokenizer.bos + tokenizer.encode(f"Question: {choice.question}\nAnswer:")
-    options = [tokenizer.encode(" " + option) for option in choice.options]
-    return question, options
-
-
-def count_tokens(group):
-    question, options = group
-    return len(question) + sum(map(len, options))
+    return question, [([], tokenizer.encode(" " + option)) for option in choice.options]
 
 
 def likelihood_hits(model, tokenizer, choices):
@@ -136,7 +125,7 @@ def evaluate(checkpoint, choices, args):
     if args.mode in ("likelihood", "both"):
         sizes = []
         for question, options in (encode(tokenizer, choice) for choice in choices):
-            sizes.append(len(question) + max(map(len, options)))
+            sizes.append(len(question) + max(len(option) for _, option in options))
         kept = leave_out_long([choice.question for choice in choices], sizes,
                               model.config.max_positions, args.skip_long,
                               "take a checkpoint with more positions")
