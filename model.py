@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels.attention import make_layout
-from kernels.linear import linear
+from kernels.linear import CAN_PACK, Packed, linear, product
 from kernels.logprob import logprob
 from kernels.pointwise import rms_norm, rotate, swiglu
 from plumbing import hf, rope
@@ -62,16 +62,24 @@ class RMSNorm(nn.Module):
 class Linear(nn.Linear):
     """Weights may be fp32 masters while activations are bf16: `linear` casts the weights."""
     joined = None   # weight and bias of this layer and those behind it that read the same x
+    packed = None   # the same as `Packed`, on a CPU
 
     def forward(self, x, residual=None):
-        return linear(x, self.weight, self.bias, residual)
+        if self.packed is None or not self.packed.fits(x):
+            return linear(x, self.weight, self.bias, residual)
+        return self.packed(x) if residual is None else self.packed(x).add_(residual)
 
 
 def products(x, *layers):
     """What each of these Linear layers makes of x; a single product if they have been joined."""
-    if layers[0].joined is None:
-        return [layer(x) for layer in layers]
-    return linear(x, *layers[0].joined).split([layer.out_features for layer in layers], dim=1)
+    first = layers[0]
+    if first.packed is not None and first.packed.fits(x):
+        out = first.packed(x)
+    elif first.joined is not None:
+        out = linear(x, *first.joined)
+    else:
+        return [linear(x, layer.weight, layer.bias) for layer in layers]
+    return out.split([layer.out_features for layer in layers], dim=1)
 
 
 def join(*layers):
@@ -157,6 +165,7 @@ class GPT(nn.Module):
         self.compute_dtype = compute_dtype
         self.source = "this model"            # or the folder that it was loaded from
         self.checkpoint_activations = False   # True: the backward pass recomputes each block
+        self.packed_head = None               # as Linear.packed
         self.files = {}                       # {name: bytes}, what a folder says beside its weights
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -184,19 +193,44 @@ class GPT(nn.Module):
     def device(self):
         return self.embed_tokens.weight.device
 
+    def by_input(self):
+        """Lists of Linear layers that read the same x."""
+        for block in self.layers:
+            attention, mlp = block.self_attn, block.mlp
+            yield [attention.q_proj, attention.k_proj, attention.v_proj]
+            yield [attention.o_proj]
+            yield [mlp.gate_proj, mlp.up_proj]
+            yield [mlp.down_proj]
+
     @torch.no_grad()
     def join_weights(self):
-        """For sampling: one product for q, k and v, one for gate and up. -> self
+        """For sampling on a GPU: one product for q, k and v, one for gate and up. -> self
 
-        A decode step waits for launches as much as for memory. Plain torch keeps its products
-        apart, because other shapes would change their last bits.
+        A decode step waits for launches as much as for memory. On a CPU see `pack_weights`.
         """
         if kernels.backend(self.device) != "torch":
-            for block in self.layers:
-                attention, mlp = block.self_attn, block.mlp
-                join(attention.q_proj, attention.k_proj, attention.v_proj)
-                join(mlp.gate_proj, mlp.up_proj)
+            for layers in self.by_input():
+                if len(layers) > 1:
+                    join(*layers)
         return self
+
+    @torch.no_grad()
+    def pack_weights(self, rows):
+        """For sampling on a CPU: the same, and weights in the order in which they are multiplied.
+
+        rows: of a decode step. These are copies, so `unpack_weights` has to come before an update.
+        """
+        dtype, device = self.compute_dtype, self.device
+        if device.type == "cpu" and kernels.backend(device) == "torch" and CAN_PACK.get(dtype):
+            for layers in self.by_input():
+                layers[0].packed = Packed([layer.weight.to(dtype) for layer in layers],
+                                          [layer.bias for layer in layers], rows)
+            self.packed_head = Packed([self.head.to(dtype)], [None], rows, is_head=True)
+
+    def unpack_weights(self):
+        self.packed_head = None
+        for layers in self.by_input():
+            layers[0].packed = None
 
     def hidden(self, tokens, positions, attend):
         """tokens (T,), positions (T,) -> hidden states (T, D) after the last norm.
@@ -236,6 +270,10 @@ class GPT(nn.Module):
 
     def logits(self, hidden):
         """hidden (N, D) -> (N, V), fp32."""
+        if self.packed_head is not None and self.packed_head.fits(hidden):
+            return self.packed_head(hidden)
+        if kernels.backend(hidden.device) == "torch":
+            return product(hidden, self.head.T.to(hidden.dtype))
         return linear(hidden, self.head).float()
 
     def finite(self, values):

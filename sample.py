@@ -32,7 +32,6 @@ import torch
 import kernels
 from kernels.attention import attention
 from kernels.decode import Rows, decode
-from kernels.linear import linear
 from kernels.logprob import draw, sample as sample_tokens
 from plumbing.batch import cut, flatten
 
@@ -89,6 +88,15 @@ def generate(model, prompts, n, max_new_tokens, temperature, stop_ids, seed, fir
     # A rollout's randomness comes from its own key, whatever row it gets and when.
     keys = random_keys(range(first_prompt, first_prompt + len(prompts)), n, seed)        # (N, n)
     draw_tokens = partial(draw_next, model, temperature, truncate)
+    try:
+        decode_all(model, prompts, cache, schedule, keys, draw_tokens, on_tokens)
+    finally:
+        model.unpack_weights()
+    return schedule.rollouts
+
+
+def decode_all(model, prompts, cache, schedule, keys, draw_tokens, on_tokens):
+    """Decode until every rollout of the schedule has ended."""
     decode_step = None
 
     while not schedule.is_done():
@@ -115,7 +123,6 @@ def generate(model, prompts, n, max_new_tokens, temperature, stop_ids, seed, fir
         logprobs = torch.stack([logprobs for _, logprobs in drawn]).tolist()
         for step_tokens, step_logprobs in zip(tokens, logprobs):
             schedule.record(range(cache.B), step_tokens, step_logprobs, on_tokens)
-    return schedule.rollouts
 
 
 def refill(model, prompts, cache, schedule, keys, draw_tokens, on_tokens):
@@ -138,10 +145,7 @@ def refill(model, prompts, cache, schedule, keys, draw_tokens, on_tokens):
 def step(model, cache, draw_tokens):
     """Decode one token for every row -> the next tokens (B,) and their log-probs (B,)."""
     rows = cache.rows
-    # Count the token that is about to be cached. A row that goes on after its rollout has ended may
-    # be full; the clamp makes it overwrite its own last place.
-    rows.lengths.add_(rows.busy).clamp_(max=cache.R)
-    rows.longest = (rows.longest[0], min(rows.longest[1] + 1, cache.R))
+    rows.advance(cache.R)
     # Positions continue those of the prompt. What an idle row computes is never read.
     positions = rows.prompt_lens[rows.slot] + (rows.lengths - 1).clamp(min=0)
     hidden = model.hidden(cache.tokens, positions, cache.attend)                         # (B, D)
@@ -153,15 +157,18 @@ def step(model, cache, draw_tokens):
 
 def draw_next(model, temperature, truncate, hidden, bits):
     """hidden (B, D), random bits (B,) -> tokens (B,) and their log-probs (B,)."""
-    if truncate is None:
+    if truncate is None and kernels.backend(hidden.device) != "torch":
         return sample_tokens(hidden, model.head, bits, temperature)
-    # Truncation needs the logits of the whole vocabulary, divided by the temperature.
-    logits = linear(hidden, model.head).float() / (temperature or 1)                     # (B, V)
-    return draw(truncate(logits), 1 if temperature else 0, bits)
+    logits = model.logits(hidden)                                                        # (B, V)
+    if truncate is None:
+        return draw(logits, temperature, bits)
+    # Truncation needs the logits divided by the temperature.
+    return draw(truncate(logits / (temperature or 1)), 1 if temperature else 0, bits)
 
 
 def make_step(model, cache, draw_tokens):
     """-> `step` without arguments; on a GPU a CUDA graph, except with the torch backend."""
+    model.pack_weights(cache.B)
     eager = partial(step, model, cache, draw_tokens)
     # The torch backend slices by numbers on the host, which a graph would freeze.
     if model.device.type != "cuda" or kernels.backend(model.device) == "torch":
@@ -319,7 +326,8 @@ class Cache:
     """
 
     def __init__(self, model, prompts, n, max_new_tokens, max_rows, kv_gb):
-        config, dtype, device = model.config, model.compute_dtype, model.device
+        config, device = model.config, model.device
+        dtype = kernels.cache_dtype(model.compute_dtype, device)
         Hkv, K = config.n_kv_heads, config.head_dim
         P = slot_size(max(map(len, prompts)), device.type)
         # The last token of a rollout is never fed back, so it needs no place.
@@ -334,7 +342,8 @@ class Cache:
             for caches in (self.row_k, self.row_v):
                 caches.append(torch.zeros(self.B, Hkv, self.R, K, dtype=dtype, device=device))
         # The last hidden state of each prompt, and the newest token and the random key of each row.
-        self.prompt_hidden = torch.zeros(self.S, config.width, dtype=dtype, device=device)
+        self.prompt_hidden = torch.zeros(self.S, config.width, dtype=model.compute_dtype,
+                                         device=device)
         self.tokens = torch.zeros(self.B, dtype=torch.long, device=device)
         self.keys = torch.zeros(self.B, dtype=torch.long, device=device)
         self.rows = Rows(self.B, self.S, config.n_heads // Hkv, device)
@@ -354,8 +363,9 @@ class Cache:
     def attend_prompts(self, layout, slots, layer, q, k, v):
         """Packed attention over prompts that also stores their keys and values."""
         P = layout.prompts.shape[1]
-        self.prompt_k[layer][slots, :, :P] = k[layout.prompts].transpose(1, 2)
-        self.prompt_v[layer][slots, :, :P] = v[layout.prompts].transpose(1, 2)
+        for x, caches in ((k, self.prompt_k), (v, self.prompt_v)):
+            cache = caches[layer]
+            cache[slots, :, :P] = x[layout.prompts].transpose(1, 2).to(cache.dtype)
         return attention(q, k, v, layout)
 
     def start(self, rows, keys, slots):

@@ -134,30 +134,22 @@ def packed_bytes(config, args):
 
 def attention_saved(config, groups, backend, size):
     """Bytes that autograd keeps of `attention`, and of its result for the next product."""
-    heads, kv_heads = config.n_heads, config.n_kv_heads
+    heads, K = config.n_heads, config.head_dim
     tokens, _ = count_tokens(groups)
-    if backend != "torch":
-        q_k_v_out = 2 * (heads + kv_heads) * config.head_dim * tokens
-        return size * q_k_v_out + 4 * heads * tokens                # log-sum-exp
-    prompt = max(prompt for prompt, _ in groups)
-    rollout = max(max(rollouts) for _, rollouts in groups)
-    count = sum(len(rollouts) for _, rollouts in groups)
-    padded = len(groups) * prompt + count * rollout                 # tokens
-    q_out = heads * (2 * padded + tokens)                           # out also packed
-    k_v = 2 * kv_heads * (padded + count * prompt)                  # a prompt for each rollout
-    mask = count * rollout * (prompt + rollout)
-    return size * ((q_out + k_v) * config.head_dim + mask) + 4 * heads * padded
+    q_k_v_out = 2 * (heads + config.n_kv_heads) * K
+    # In bf16 torch keeps its result in fp32 as well. The rest is the log-sum-exp.
+    again = 4 * heads * K if backend == "torch" and size < 4 else 0
+    return tokens * (size * q_k_v_out + again + 4 * heads)
 
 
 def block_saved(config, groups, backend, size):
     """Bytes that autograd keeps of one block."""
-    # A norm keeps its input and output, in torch the input in fp32 and the input over its norm; the
-    # outputs of Qwen3's norms are not kept. An MLP keeps gate, up, product, in torch silu(gate).
-    norm = size if backend != "torch" else size + 4
+    # A norm keeps its input and output; the outputs of Qwen3's norms are not kept. An MLP keeps
+    # gate, up and product, in torch silu(gate).
     mlp = 3 * size if backend != "torch" else 4 * size
-    channels = 2 * (norm + size) * config.width + mlp * config.ffn_width
+    channels = 4 * size * config.width + mlp * config.ffn_width
     if config.family == "qwen3":
-        channels += norm * (config.n_heads + config.n_kv_heads) * config.head_dim
+        channels += size * (config.n_heads + config.n_kv_heads) * config.head_dim
     tokens, _ = count_tokens(groups)
     return tokens * channels + attention_saved(config, groups, backend, size)
 
@@ -167,11 +159,11 @@ def head_peak(config, rollout_tokens, args, size):
     vocab, width = config.vocab_size, config.width
     d_weight = 4 * vocab * width
     if args.kernels == "torch":
-        # Four tensors like a chunk's logits, or one and d weight; d weights of chunks are summed.
+        # Two tensors like a chunk's logits, or one and d weight; d weights of chunks are summed.
         chunk = 4 * vocab * min(rollout_tokens, max(1, logprob.CHUNK_LOGITS // vocab))
         if chunk == 4 * vocab * rollout_tokens:
-            return max(4 * chunk, chunk + d_weight)
-        return max(4 * chunk, chunk + 2 * d_weight) + d_weight
+            return 2 * chunk + d_weight
+        return max(2 * chunk, chunk + 2 * d_weight) + d_weight
     chunk = min(vocab, logprob.CHUNK)
     buffers = size * rollout_tokens * chunk + 4 * chunk * width  # d logits, d weight of a chunk
     buffers += (4 + size) * rollout_tokens * width               # d hidden, and its cast

@@ -66,6 +66,12 @@ def backend(device):
     return name
 
 
+def cache_dtype(compute_dtype, device):
+    """Of cached keys and values: fp32 on a CPU, whose small products in bf16 are slow."""
+    on_cpu = device.type == "cpu" and backend(device) == "torch"
+    return torch.promote_types(compute_dtype, torch.float32) if on_cpu else compute_dtype
+
+
 def launch_options(backend, num_warps, num_stages=2):
     # Fused, a*b+c is rounded once. What the compiler fuses depends on the code around it, so the
     # bitwise backend, where two kernels must agree to the bit, does without.

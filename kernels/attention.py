@@ -89,6 +89,25 @@ class Layout:
         return self.tables[axis, block]
 
 
+    def parts(self, dtype):
+        """What AttentionCPU computes: rows of queries (n, length), which of them are no padding,
+        rows of keys, whether a query sees only the keys before it, and a mask of the keys."""
+        if ("parts", dtype) not in self.tables:
+            is_first = self.segments[:, 2] == self.segments[:, 3]      # prompts see nothing before
+            _, end, _, _, seen_until = self.segments[is_first].unbind(1)
+            lens = seen_until - end                                    # of a group's rollouts
+            tails = padded_rows(end.clamp(max=len(self.positions) - 1), lens)
+            unseen = ~is_real(self.prompt_lens, self.prompts.shape[1])
+            mask = torch.zeros(unseen.shape, dtype=dtype).masked_fill(unseen, -torch.inf)
+            parts = [(self.prompts, self.prompt_lens, self.prompts, True, None),
+                     (self.rollouts, self.rollout_lens, self.rollouts, True, None),
+                     (tails, lens, self.prompts, False, mask[:, None, None])]
+            self.tables["parts", dtype] = [
+                (queries, is_real(lens, queries.shape[1]).flatten().nonzero().squeeze(1), *rest)
+                for queries, lens, *rest in parts[:3 if len(self.rollout_rows) else 1]]
+        return self.tables["parts", dtype]
+
+
 def make_layout(groups, device="cpu"):
     """groups: [(prompt_len, [rollout_len, ...]), ...], all lengths at least 1 -> Layout."""
     # Where each segment begins and ends, and which group it belongs to: (N + M,) each.
@@ -164,6 +183,77 @@ def sdpa(q, k, v, **mask):
     """(n, length, heads, K) -> the same; torch wants heads before length."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **mask).transpose(1, 2)
+
+
+# ---- torch, on a CPU ----
+
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class AttentionCPU(torch.autograd.Function):
+    """`attention` by torch's flash attention, three calls of it, without a copy of any prompt:
+
+        prompts           over themselves                      (N, P) queries
+        rollouts          over themselves                      (M, R)
+        a group's rollouts, side by side, over their prompt    (N, L)
+
+    The last two are halves of one softmax: their log-sum-exps say what each half weighs. Given the
+    output and log-sum-exp of the whole, the backward pass of a half gives that half's gradients.
+    In fp32 whatever the dtype, because torch's backward pass in bf16 takes two to seven times as
+    long.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, layout):
+        inputs = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v)]
+        parts = layout.parts(inputs[0].dtype)
+        halves = [fold(*flash(*padded(inputs, queries, keys), 0.0, causal, attn_mask=mask), real)
+                  for queries, real, keys, causal, mask in parts]
+        out, lse = torch.empty_like(inputs[0]), torch.empty_like(inputs[0][..., 0])
+        rows = layout.prompts.flatten()[parts[0][1]]
+        out[rows], lse[rows] = halves[0]
+        if halves[1:]:
+            rows, (own, own_lse), (over_prompt, prompt_lse) = layout.rollout_rows, *halves[1:]
+            out[rows] = over_prompt.lerp(own, (own_lse - prompt_lse).sigmoid()[..., None])
+            lse[rows] = torch.logaddexp(own_lse, prompt_lse)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.layout = layout
+        return out.to(q.dtype)
+
+    @staticmethod
+    def backward(ctx, dout):
+        *inputs, out, lse = ctx.saved_tensors
+        dtypes = [x.dtype for x in inputs]
+        inputs, dout = [x.to(out.dtype) for x in inputs], dout.to(out.dtype)
+        grads = [torch.zeros_like(x) for x in inputs]
+        for queries, real, keys, causal, mask in ctx.layout.parts(out.dtype):
+            # A row of padding has the log-sum-exp infinity, so that it gives no key a weight.
+            lse_here = torch.full((queries.numel(), lse.shape[1]), torch.inf, dtype=lse.dtype)
+            lse_here[real] = lse.index_select(0, queries.flatten()[real])
+            lse_here = lse_here.view(*queries.shape, -1).transpose(1, 2).contiguous()
+            here = flash_backward(
+                pick(dout, queries), *padded(inputs, queries, keys), pick(out, queries), lse_here,
+                0.0, causal, attn_mask=mask)
+            for grad, more, rows in zip(grads, here, (queries, keys, keys)):
+                # Padding has the gradient 0.
+                grad.index_add_(0, rows.flatten(), more.transpose(1, 2).flatten(0, 1))
+        return *(grad.to(dtype) for grad, dtype in zip(grads, dtypes)), None
+
+
+def padded(inputs, queries, keys):
+    """q, k, v and rows (n, length) of them -> (n, heads, length, K) each."""
+    return [pick(x, rows) for x, rows in zip(inputs, (queries, keys, keys))]
+
+
+def pick(x, rows):
+    """x (T, heads, K), rows (n, length) -> (n, heads, length, K); x[rows] would take longer."""
+    return x.index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:]).transpose(1, 2)
+
+
+def fold(out, lse, real):
+    """(n, H, length, K), (n, H, length) -> the rows without padding, (rows, H, K) and (rows, H)."""
+    return [x.transpose(1, 2).flatten(0, 1).index_select(0, real) for x in (out, lse)]
 
 
 # ---- kernels ----
@@ -414,5 +504,6 @@ def attention(q, k, v, layout):
     """q (T, H, K), k and v (T, Hkv, K), H a multiple of Hkv -> (T, H, K). Scale 1 / sqrt(K)."""
     backend = kernels.backend(q.device)
     if backend == "torch":
-        return attention_torch(q, k, v, layout)
+        on_cpu = q.device.type == "cpu"
+        return AttentionCPU.apply(q, k, v, layout) if on_cpu else attention_torch(q, k, v, layout)
     return PackedAttention.apply(q, k, v, layout, backend)

@@ -55,6 +55,7 @@ class Rows:
         self.M = 1
         self.place_in_grid = integers(B, device=device)
         self.index = torch.arange(B, device=device)
+        self.tables = {}                                # that all layers of a step share
 
     def place(self, slots):
         """slots: that of each row's prompt, -1 for an idle row. Call it when rows change hands."""
@@ -77,6 +78,17 @@ class Rows:
         self.order.copy_(order)
         self.work.zero_()[:len(work)] = work.to(self.work)
         self.longest = (self.prompt_lens[self.slot].max().item(), self.lengths.max().item())
+        self.tables = {}
+
+    def advance(self, R):
+        """Count the token that is about to be cached; there is room for R.
+
+        A row that goes on after its rollout has ended may be full; the clamp makes it overwrite its
+        own last place.
+        """
+        self.lengths.add_(self.busy).clamp_(max=R)
+        self.longest = (self.longest[0], min(self.longest[1] + 1, R))
+        self.tables = {}
 
     def keep(self, rows):
         """-> Rows with only these (indices); `place` has to follow."""
@@ -107,22 +119,39 @@ def decode_reference(q, prompt_k, prompt_v, row_k, row_v, rows):
 def decode_torch(q, k, v, prompt_k, prompt_v, row_k, row_v, rows):
     """`decode` without copies: scores over prompt and own tokens side by side, one softmax."""
     (B, H, K), Hkv, (P, R) = q.shape, row_k.shape[1], rows.longest
-    # An idle row has length 0 and writes to its last place, which is written again before it is
-    # read.
-    row_k[rows.index, :, rows.lengths - 1] = k
-    row_v[rows.index, :, rows.lengths - 1] = v
-    q = q.view(B, Hkv, H // Hkv, K) * K ** -0.5
+    if not rows.tables:
+        rows.tables = step_tables(rows, *row_k.shape[1:3])
+    tables, dtype = rows.tables, row_k.dtype
+    for new, cache in ((k, row_k), (v, row_v)):
+        cache.view(-1, K).index_copy_(0, tables["newest"], new.to(dtype).reshape(-1, K))
+    q = (q.to(dtype) * K ** -0.5).view(B, Hkv, H // Hkv, K)
     over_prompt = times_prompts(q, prompt_k[:, :, :P].transpose(2, 3), rows)
     over_own = q @ row_k[:, :, :R].transpose(2, 3)
     scores = torch.cat([over_prompt, over_own], dim=-1)                  # (B, Hkv, rep, P + R)
-    place = torch.arange(max(P, R), device=q.device)
-    unseen = torch.cat([place[:P] >= rows.prompt_lens[rows.slot, None],
-                        place[:R] >= rows.lengths[:, None]], dim=1)      # (B, P + R)
-    scores = scores.masked_fill(unseen[:, None, None], -torch.inf)
-    weights = scores.float().softmax(dim=-1).to(q.dtype)
+    weights = scores.add_(tables["mask"]).softmax(dim=-1)
     out = times_prompts(weights[..., :P], prompt_v[:, :, :P], rows)
-    out = out + weights[..., P:] @ row_v[:, :, :R]
-    return out.view(B, H, K)
+    return out.add_(weights[..., P:] @ row_v[:, :, :R]).view(B, H, K).to(k.dtype)
+
+
+def step_tables(rows, Hkv, R):
+    """What all layers of a step share. R: places of a row's cache."""
+    (P, longest), (S, M), B = rows.longest, (len(rows.prompt_lens), rows.M), len(rows.index)
+    heads = torch.arange(Hkv, device=rows.slot.device)
+    place = torch.arange(max(P, longest), device=rows.slot.device)
+    unseen = torch.cat([place[:P] >= rows.prompt_lens[rows.slot, None],
+                        place[:longest] >= rows.lengths[:, None]], dim=1)
+    mask = torch.zeros(unseen.shape, device=unseen.device).masked_fill_(unseen, -torch.inf)
+    # Of each row and head, or of each place in the grid and head: where it lies in the other. An
+    # idle row has no place; it has length 0 and caches its token in its last place, which is
+    # written again before it is read.
+    row_of = torch.zeros(S * M + 1, dtype=torch.long, device=rows.slot.device)
+    row_of[rows.place_in_grid] = rows.index
+    to_grid = row_of[:-1].view(S, 1, M) * Hkv + heads[:, None]                       # (S, Hkv, M)
+    at = rows.place_in_grid.clamp(max=S * M - 1)[:, None]
+    from_grid = (at // M * Hkv + heads) * M + at % M                                 # (B, Hkv)
+    newest = (rows.index[:, None] * Hkv + heads) * R + (rows.lengths[:, None] - 1) % R
+    return dict(mask=mask.view(B, 1, 1, -1), to_grid=to_grid.flatten(),
+                from_grid=from_grid.flatten(), newest=newest.flatten())
 
 
 def times_prompts(x, y, rows):
@@ -134,12 +163,11 @@ def times_prompts(x, y, rows):
         slot 0  [ row 0 | row 2 |   -   ]  x  prompt a
         slot 1  [ row 1 |   -   |   -   ]  x  prompt b
     """
-    (_, Hkv, rep, i), j, S, M = x.shape, y.shape[-1], len(rows.prompt_lens), rows.M
-    grid = x.new_zeros(S * M + 1, Hkv, rep, i)
-    grid[rows.place_in_grid] = x
-    grid = grid[:-1].view(S, M, Hkv, rep, i).transpose(1, 2).reshape(S, Hkv, M * rep, i)
-    out = (grid @ y).view(S, Hkv, M, rep, j).transpose(1, 2).reshape(S * M, Hkv, rep, j)
-    return out[rows.place_in_grid.clamp(max=S * M - 1)]
+    (B, Hkv, rep, i), (S, j) = x.shape, (len(y), y.shape[-1])
+    grid = x.reshape(B * Hkv, rep * i).index_select(0, rows.tables["to_grid"])
+    out = grid.view(S, Hkv, -1, i) @ y                                   # (S, Hkv, M rep, j)
+    out = out.view(-1, rep * j).index_select(0, rows.tables["from_grid"])
+    return out.view(B, Hkv, rep, j)
 
 
 # ---- kernels ----

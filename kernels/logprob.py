@@ -20,12 +20,12 @@ The backward pass cuts the vocabulary into chunks, not the rows, because every c
 read and write all 0.9 GB of an fp32 dW.
 """
 import torch
-from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels import tl, triton
 from kernels.linear import product
 
+BLOCK = 256           # torch backend: tokens among which one is drawn, once their block has been
 CHUNK_LOGITS = 2**26  # torch backend: logits alive at a time, 256 MB in fp32
 
 # Block sizes; bench/compile.py checks them. In the bitwise backend they are part of the result.
@@ -41,46 +41,118 @@ GROUP = 8             # backward: row tiles that use a tile of weights while it 
 
 # ---- torch ----
 
-def logprob_torch(hidden, weight, targets, temperature=1.0):
-    """Rows a chunk at a time; the backward pass computes the logits of a chunk a second time."""
+def logprob_torch(hidden, weight, targets, temperature=1.0, with_entropy=True):
+    """Rows a chunk at a time, so that few logits are in memory."""
     size = max(1, CHUNK_LOGITS // weight.shape[0])
-    logprobs, entropy = [], []
-    for h, t in zip(hidden.split(size), targets.split(size)):
-        chunk = checkpoint(logprob_of_chunk, h, weight, t, temperature, use_reentrant=False,
-                           preserve_rng_state=False)
-        logprobs.append(chunk[0])
-        entropy.append(chunk[1])
-    return torch.cat(logprobs), torch.cat(entropy)
+    chunks = [LogProbTorch.apply(h, weight, t, temperature, with_entropy, len(hidden) <= size)
+              for h, t in zip(hidden.split(size), targets.split(size))]
+    logprobs, entropy = zip(*chunks)
+    return torch.cat(logprobs), torch.cat(entropy) if with_entropy else None
 
 
-def logprob_of_chunk(hidden, weight, targets, temperature):
-    logits = hidden @ weight.to(hidden.dtype).T                                          # (n, V)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    logprobs = logits.log_softmax(dim=-1)
-    entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
-    chosen = logprobs.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
-    ignored = targets == -1
-    return chosen.masked_fill(ignored, 0), entropy.masked_fill(ignored, 0)
+def soft(hidden, weight, temperature):
+    """-> logits less the largest of each row, (n, V) fp32; their exponentials, whose sum is (n, 1).
+
+    The sum in fp64: the one inside torch's log_softmax is off by 5e-6 for 50,000 tokens.
+    """
+    logits = product(hidden, weight.T.to(hidden.dtype))
+    logits = logits if temperature == 1 else logits.mul_(1 / temperature)
+    logits = logits.sub_(logits.amax(dim=-1, keepdim=True))
+    weights = logits.exp()
+    return logits, weights, block_sums(weights).sum(dim=-1, keepdim=True, dtype=torch.float64)
+
+
+def block_sums(weights):
+    """(n, V) -> (n, V / BLOCK rounded up): sums over BLOCK neighbours."""
+    whole = weights.shape[1] // BLOCK * BLOCK
+    sums = weights[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=-1)
+    if whole == weights.shape[1]:
+        return sums
+    return torch.cat([sums, weights[:, whole:].sum(dim=-1, keepdim=True)], dim=1)
+
+
+class LogProbTorch(torch.autograd.Function):
+    """By hand, because autograd would keep several (n, V) matrices, and compute more of them."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, with_entropy, keep):
+        """keep: the exponentials until the backward pass, which otherwise computes them again."""
+        logits, weights, total = soft(hidden, weight, temperature)
+        ignored, log_total = targets == -1, total.log().to(logits.dtype)
+        chosen = logits.gather(1, targets.clamp(min=0)[:, None]) - log_total
+        entropy = None
+        if with_entropy:
+            mean = logits.mul_(weights).sum(dim=-1, keepdim=True) / total
+            entropy = (log_total - mean.to(logits.dtype)).squeeze(1).masked_fill(ignored, 0)
+        keep = keep and not with_entropy
+        ctx.save_for_backward(hidden, weight, targets, *((weights, total) if keep else ()))
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return chosen.squeeze(1).masked_fill(ignored, 0), entropy
+
+    @staticmethod
+    def backward(ctx, dchosen, dentropy):
+        hidden, weight, targets, *kept = ctx.saved_tensors
+        logits, weights, total = [None, *kept] if kept else soft(hidden, weight, ctx.temperature)
+        # d logits = (dchosen (1 at the target, - p) - dentropy p (log p + entropy)) / temperature.
+        ignored, inverse = (targets == -1)[:, None], (1 / total).to(weights.dtype)
+        zeros = torch.zeros_like(inverse)
+        dchosen = zeros if dchosen is None else dchosen[:, None].masked_fill(ignored, 0)
+        if dentropy is None:
+            dlogits = weights * (-inverse * dchosen / ctx.temperature)
+        else:
+            probs = weights * inverse
+            dentropy = dentropy[:, None].masked_fill(ignored, 0)
+            mean = (probs * logits).sum(dim=-1, keepdim=True)            # log p less its mean
+            dlogits = probs * (-dchosen - dentropy * (logits - mean)) / ctx.temperature
+        dlogits.scatter_add_(1, targets.clamp(min=0)[:, None], dchosen / ctx.temperature)
+        dlogits = dlogits.to(hidden.dtype)
+        dhidden = dlogits @ weight.to(hidden.dtype) if ctx.needs_input_grad[0] else None
+        dweight = (dlogits.T @ hidden).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return dhidden, dweight, None, None, None, None
 
 
 def sample_torch(hidden, weight, bits, temperature):
-    return draw((hidden @ weight.to(hidden.dtype).T).float(), temperature, bits)
+    return draw(product(hidden, weight.T.to(hidden.dtype)), temperature, bits)
 
 
 def draw(logits, temperature, bits):
-    """logits (B, V), bits (B,) random int64 -> one token and its log-prob for each row."""
+    """logits (B, V), bits (B,) random int64 -> one token and its log-prob for each row.
+
+    The logits are overwritten. As in the kernels, first a block of the vocabulary is drawn, then
+    one of its tokens; a single sum over V would take most of the time.
+    """
     if temperature == 0:
         tokens = logits.argmax(dim=-1)
         return tokens, logits.log_softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1)
-    logprobs = (logits / temperature).log_softmax(dim=-1)
-    # fp64, because in fp32 the rounding of a sum over V would distort the rare tokens.
-    cumulative = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)                      # (B, V)
-    uniform = (bits >> 11 & (1 << 53) - 1).double() / (1 << 53)                          # in [0, 1)
-    place = (uniform * cumulative[:, -1])[:, None]
-    tokens = torch.searchsorted(cumulative, place, right=True)
+    V = logits.shape[1]
+    weights = logits.sub_(logits.amax(dim=-1, keepdim=True))
+    weights = (weights if temperature == 1 else weights.mul_(1 / temperature)).exp_()
+    sums = block_sums(weights)
+    uniform = (bits >> 11 & (1 << 53) - 1).double() / (1 << 53)          # in [0, 1)
+    block, left = draw_one(sums, uniform[:, None])
+    places = block * BLOCK + torch.arange(BLOCK, device=bits.device)                 # (B, BLOCK)
+    inside = weights.gather(1, places.clamp(max=V - 1)).masked_fill(places >= V, 0)
+    token, _ = draw_one(inside, left)
     # In a row of NaN the search runs past the end. Its log-prob, NaN too, stops the sampler.
-    tokens = tokens.clamp(max=logits.shape[1] - 1)
-    return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)
+    tokens = (block * BLOCK + token).clamp(max=V - 1)
+    total = sums.sum(dim=1, keepdim=True, dtype=torch.float64)
+    logprobs = (weights.gather(1, tokens) / total).log().float()
+    return tokens.squeeze(1), logprobs.squeeze(1)
+
+
+def draw_one(weights, uniform):
+    """weights (B, n), uniform (B, 1) in [0, 1) -> a place in each row, and a uniform number again.
+
+    What is left of the number, once it has chosen, is uniform within the place that it chose. fp64,
+    because in fp32 the rounding of the sum would distort the rare places.
+    """
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    at = uniform * cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, at, right=True).clamp(max=weights.shape[1] - 1)
+    width = weights.gather(1, place)
+    left = (at - cumulative.gather(1, place) + width) / width
+    return place, left.clamp(min=0, max=1 - 2**-53)
 
 
 # ---- kernels: what both scans share ----
@@ -385,7 +457,7 @@ class LogProb(torch.autograd.Function):
 
 # ---- what the trainer and the sampler call ----
 
-def logprob(hidden, weight, targets, temperature=1.0):
+def logprob(hidden, weight, targets, temperature=1.0, with_entropy=True):
     """hidden (N, D), weight (V, D), targets (N,) -> log-probs (N,), entropy (N,) in nats, fp32.
 
     Both are those of softmax(hidden @ weight.T / temperature), the distribution sampled from. A row
@@ -394,7 +466,7 @@ def logprob(hidden, weight, targets, temperature=1.0):
     """
     backend = kernels.backend(hidden.device)
     if backend == "torch":
-        return logprob_torch(hidden, weight, targets, temperature)
+        return logprob_torch(hidden, weight, targets, temperature, with_entropy)
     return LogProb.apply(hidden, weight, targets, temperature, backend)
 
 

@@ -29,9 +29,45 @@ TILE = 2048       # elements that one of them reads at a time, if a row is not l
 # ---- torch ----
 
 def rms_norm_torch(x, weight, eps):
-    y = x.float()
-    y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + eps)
-    return weight.to(x.dtype) * y.to(x.dtype)
+    """-> x / rms(x) * weight, 1 / rms(x)."""
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = (y.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    return (y * scale).to(x.dtype) * weight.to(x.dtype), scale
+
+
+class RMSNormTorch(torch.autograd.Function):
+    """By hand, because what autograd makes of so many small operations takes twice as long."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        out, scale = rms_norm_torch(x, weight, eps)
+        ctx.save_for_backward(x, weight, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        # As in rms_norm_backward_kernel; the mean of dout * weight * y is a product with weight.
+        x, weight, scale = ctx.saved_tensors
+        y, dout = x.to(scale.dtype) * scale, dout.to(scale.dtype)
+        dy = dout * y
+        dweight = dy.flatten(0, -2).sum(dim=0).to(weight.dtype)
+        mean = (dy @ weight.to(dy.dtype) / x.shape[-1])[..., None]
+        dx = (dout * weight.to(y.dtype)).sub_(y.mul_(mean)).mul_(scale)
+        return dx.to(x.dtype), dweight, None
+
+
+class RotateTorch(torch.autograd.Function):
+    """The gradient of a rotation is the rotation backwards."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return rotate_torch(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, dout):
+        cos, sin = ctx.saved_tensors
+        return rotate_torch(dout, cos, -sin), None, None
 
 
 def rotate_torch(x, cos, sin):
@@ -235,9 +271,11 @@ class SwiGLU(torch.autograd.Function):
 def rms_norm(x, weight, eps):
     """x (..., D), weight (D,) -> x / sqrt(mean(x^2) + eps) * weight, normalised in fp32."""
     backend = kernels.backend(x.device)
-    if backend == "torch":
-        return rms_norm_torch(x, weight, eps)
-    return RMSNorm.apply(x, weight, eps, backend)
+    if backend != "torch":
+        return RMSNorm.apply(x, weight, eps, backend)
+    if torch.is_grad_enabled():
+        return RMSNormTorch.apply(x, weight, eps)
+    return rms_norm_torch(x, weight, eps)[0]
 
 
 def rotate(q, k, cos, sin):
@@ -247,9 +285,10 @@ def rotate(q, k, cos, sin):
     angles; they get no gradient.
     """
     backend = kernels.backend(q.device)
-    if backend == "torch":
-        return rotate_torch(q, cos, sin), rotate_torch(k, cos, sin)
-    return Rotate.apply(q, k, cos, sin, backend)
+    if backend != "torch":
+        return Rotate.apply(q, k, cos, sin, backend)
+    turn = RotateTorch.apply if torch.is_grad_enabled() else rotate_torch
+    return turn(q, cos, sin), turn(k, cos, sin)
 
 
 def swiglu(gate, up):

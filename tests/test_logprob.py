@@ -59,13 +59,13 @@ def test_a_chunk_border_changes_nothing(monkeypatch, rows_per_chunk):
 
 
 def test_no_chunk_is_larger_than_asked_for(monkeypatch):
-    sizes, real = [], module.logprob_of_chunk
+    sizes, real = [], module.soft
 
     def count_rows(hidden, *rest):
         sizes.append(len(hidden))
         return real(hidden, *rest)
 
-    monkeypatch.setattr(module, "logprob_of_chunk", count_rows)
+    monkeypatch.setattr(module, "soft", count_rows)
     monkeypatch.setattr(module, "CHUNK_LOGITS", 35)  # 3 rows of 11 logits
     logprob(*case())
     assert sizes == [3, 3, 1]
