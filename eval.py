@@ -58,10 +58,10 @@ SHOWN = ("checkpoint", "mode", "accuracy", "low", "high", "split", "n", "seed") 
 VOTES = {"majority": "reasoning", "forced-majority": "forced"}  # whose rollouts have a vote
 
 
-def load_model(checkpoint, device):
+def load_model(checkpoint, args):
     """-> model and tokenizer of a checkpoint folder."""
     tokenizer = Tokenizer.load(checkpoint, for_model=True)
-    model = GPT.from_pretrained(checkpoint, flags.compute_dtype(device), device)
+    model = GPT.from_pretrained(checkpoint, flags.compute_dtype(args), args.device)
     return model.join_weights(), tokenizer
 
 
@@ -156,7 +156,7 @@ def think(model, tokenizer, corpus, positions, args, mode="reasoning"):
 
 def evaluate(checkpoint, corpus, positions, splits, args):
     """One checkpoint on all positions -> lines of results.json."""
-    model, tokenizer = load_model(checkpoint, args.device)
+    model, tokenizer = load_model(checkpoint, args)
     results, thoughts = [], {}
     for mode in MODES.get(args.mode, [args.mode]):
         sampled = VOTES.get(mode, mode)

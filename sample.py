@@ -521,7 +521,7 @@ if __name__ == "__main__":
     args = parse_args()
     truncate = truncation(args.top_k, args.top_p, args.min_p)
     tokenizer = Tokenizer.load(args.model, for_model=True)
-    model = GPT.from_pretrained(args.model, flags.compute_dtype(args.device), args.device)
+    model = GPT.from_pretrained(args.model, flags.compute_dtype(args), args.device)
     model.join_weights()
     args.max_new_tokens = flags.new_tokens(args.max_new_tokens, MAX_NEW_TOKENS,
                                            model.config.max_positions)

@@ -216,7 +216,7 @@ if __name__ == "__main__":
     tokenizer = Tokenizer.load(source or f"{args.corpus}/tokenizer", for_model=True)
     corpus.check(tokenizer, source or args.corpus)
     torch.manual_seed(args.seed)
-    compute_dtype = flags.compute_dtype(device)
+    compute_dtype = flags.compute_dtype(args)
     shard = partial(parallel.shard, reshard=args.reshard, ranks_per_copy=args.ranks_per_copy)
     if source:
         model = GPT.from_pretrained(source, device=device, compute_dtype=compute_dtype, shard=shard)

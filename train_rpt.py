@@ -248,7 +248,7 @@ if __name__ == "__main__":
     check_prompts_fit(objective.longest_prompt(), args)
     shard = partial(parallel.shard, reshard=args.reshard, ranks_per_copy=args.ranks_per_copy)
     model = GPT.from_pretrained(source, device=device, shard=shard,
-                                compute_dtype=flags.compute_dtype(device))
+                                compute_dtype=flags.compute_dtype(args))
     model.checkpoint_activations = args.checkpoint_activations
     optimizer = make_optimizer(model, args.lr, BETAS, bf16_moments=args.bf16_moments)
     run.open(model, optimizer)

@@ -67,7 +67,7 @@ def state(config, args):
 
 
 def activation_size(args):
-    return flags.compute_dtype(args.device).itemsize
+    return flags.compute_dtype(args).itemsize
 
 
 def groups_of_a_rank(args):
@@ -328,6 +328,7 @@ def parse_args(words=None):
     add("--gpus", type=at_least(1), default=8, help="GPUs (with --device cpu: processes)")
     add("--gpu-gb", type=at_least(1, float), default=80, help="memory of each, 10^9 bytes")
     add("--device", default="cuda", choices=["cpu", "cuda"])
+    add("--dtype", choices=[*flags.DTYPES], help="default: bf16 on a GPU, fp32 on a CPU")
     add("--kernels", default=kernels.requested, help="default: bitwise on a GPU, torch on a CPU")
     # as in train_rpt.py
     add("--batch-size", type=at_least(1), default=256, help="positions in a batch, over all ranks")

@@ -53,7 +53,7 @@ def score_document(model, tokens, first, bos=()):
     return model.finite(torch.cat(parts).cpu()).numpy()
 
 
-def score_corpus(corpus, proxy, documents=0, device="cpu"):
+def score_corpus(corpus, proxy, documents=0, device="cpu", compute_dtype=torch.float32):
     """Score the solutions of the first `documents` documents of each split (0: of all) -> path.
 
     The file is (tokens of the corpus, 2) fp32: entropy in nats, 1 where the most probable token is
@@ -72,7 +72,7 @@ def score_corpus(corpus, proxy, documents=0, device="cpu"):
     if not todo:
         return path
 
-    model = GPT.from_pretrained(proxy, flags.compute_dtype(device), device)
+    model = GPT.from_pretrained(proxy, compute_dtype, device)
     try:
         bar = tqdm(todo, desc="filter", unit="doc", disable=None)
         for i, (start, solution, end, _) in enumerate(bar, start=1):
@@ -108,7 +108,8 @@ def parse_args():
 if __name__ == "__main__":
     sys.excepthook = flags.speak_once
     args = parse_args()
-    path = score_corpus(load_corpus(args.corpus), args.proxy, args.documents, args.device)
+    path = score_corpus(load_corpus(args.corpus), args.proxy, args.documents, args.device,
+                        flags.compute_dtype(args))
     scores = np.load(path)
     scores = scores[~np.isnan(scores[:, 0])]
     print(f"written to {path}")

@@ -48,7 +48,7 @@ def candidate_strings(args, tokenizer, rng):
     scores = find_scores(corpus, args.proxy)
     positions = load_positions(corpus, scores, args.entropy_threshold, "train")
     positions = np.random.default_rng(args.seed).permutation(positions)[:args.count]
-    model = GPT.from_pretrained(args.proxy, flags.compute_dtype(args.device), args.device)
+    model = GPT.from_pretrained(args.proxy, flags.compute_dtype(args), args.device)
 
     strings = []
     for t, start, _ in tqdm(positions, desc="strings", disable=None):

@@ -90,22 +90,26 @@ class Layout:
 
 
     def parts(self, dtype):
-        """What AttentionCPU computes: rows of queries (n, length), which of them are no padding,
-        rows of keys, whether a query sees only the keys before it, and a mask of the keys."""
-        if ("parts", dtype) not in self.tables:
-            is_first = self.segments[:, 2] == self.segments[:, 3]      # prompts see nothing before
-            _, end, _, _, seen_until = self.segments[is_first].unbind(1)
-            lens = seen_until - end                                    # of a group's rollouts
-            tails = padded_rows(end.clamp(max=len(self.positions) - 1), lens)
-            unseen = ~is_real(self.prompt_lens, self.prompts.shape[1])
+        """What AttentionCPU computes, a list of:
+
+        rows of queries (n, length), which of them are no padding, rows of keys (n, keys), a mask
+        (n, 1, 1, keys) of padded keys. No mask: segments over themselves, causally. In that order.
+        """
+        if ("parts", dtype) in self.tables:
+            return self.tables["parts", dtype]
+        start, end, prefix, prefix_end, seen_until = self.segments.unbind(1)
+        parts, tail = [], (seen_until - end) * (prefix == prefix_end)  # rollouts behind a prompt
+        for some in buckets(end - start):
+            rows = padded_rows(start[some], (end - start)[some])
+            parts.append((rows, real_places((end - start)[some], rows), rows, None))
+        for some in buckets(tail):
+            rows, keys = (padded_rows(end[some], tail[some]),
+                          padded_rows(start[some], (end - start)[some]))
+            unseen = ~is_real((end - start)[some], keys.shape[1])[:, None, None]
             mask = torch.zeros(unseen.shape, dtype=dtype).masked_fill(unseen, -torch.inf)
-            parts = [(self.prompts, self.prompt_lens, self.prompts, True, None),
-                     (self.rollouts, self.rollout_lens, self.rollouts, True, None),
-                     (tails, lens, self.prompts, False, mask[:, None, None])]
-            self.tables["parts", dtype] = [
-                (queries, is_real(lens, queries.shape[1]).flatten().nonzero().squeeze(1), *rest)
-                for queries, lens, *rest in parts[:3 if len(self.rollout_rows) else 1]]
-        return self.tables["parts", dtype]
+            parts.append((rows, real_places(tail[some], rows), keys, mask))
+        self.tables["parts", dtype] = parts
+        return parts
 
 
 def make_layout(groups, device="cpu"):
@@ -159,6 +163,17 @@ def is_real(lens, width):
     return torch.arange(width, device=lens.device) < lens[:, None]
 
 
+def real_places(lens, rows):
+    """-> which places of rows.flatten() are no padding."""
+    return is_real(lens, rows.shape[1]).flatten().nonzero().squeeze(1)
+
+
+def buckets(lens):
+    """Lists of the lengths that are not 0, of similar ones: at most half of a row is padding."""
+    size = lens.clamp(min=16).double().log2().ceil() * (lens > 0)
+    return [torch.nonzero(size == some).squeeze(1) for some in size.unique() if some]
+
+
 # ---- torch ----
 
 def attention_torch(q, k, v, layout):
@@ -192,13 +207,12 @@ flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 
 
 class AttentionCPU(torch.autograd.Function):
-    """`attention` by torch's flash attention, three calls of it, without a copy of any prompt:
+    """`attention` by torch's flash attention, without a copy of any prompt, and with few padding:
 
-        prompts           over themselves                      (N, P) queries
-        rollouts          over themselves                      (M, R)
-        a group's rollouts, side by side, over their prompt    (N, L)
+        segments of similar length     over themselves, causally        (n, length) queries
+        a group's rollouts, in a row   over their prompt
 
-    The last two are halves of one softmax: their log-sum-exps say what each half weighs. Given the
+    What a rollout's token sees is in two halves, whose log-sum-exps say what each weighs. Given the
     output and log-sum-exp of the whole, the backward pass of a half gives that half's gradients.
     In fp32 whatever the dtype, because torch's backward pass in bf16 takes two to seven times as
     long.
@@ -207,16 +221,17 @@ class AttentionCPU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, layout):
         inputs = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v)]
-        parts = layout.parts(inputs[0].dtype)
-        halves = [fold(*flash(*padded(inputs, queries, keys), 0.0, causal, attn_mask=mask), real)
-                  for queries, real, keys, causal, mask in parts]
         out, lse = torch.empty_like(inputs[0]), torch.empty_like(inputs[0][..., 0])
-        rows = layout.prompts.flatten()[parts[0][1]]
-        out[rows], lse[rows] = halves[0]
-        if halves[1:]:
-            rows, (own, own_lse), (over_prompt, prompt_lse) = layout.rollout_rows, *halves[1:]
-            out[rows] = over_prompt.lerp(own, (own_lse - prompt_lse).sigmoid()[..., None])
-            lse[rows] = torch.logaddexp(own_lse, prompt_lse)
+        for queries, real, keys, mask in layout.parts(out.dtype):
+            rows, sees_itself = queries.flatten()[real], mask is None
+            part = flash(*padded(inputs, queries, keys), 0.0, sees_itself, attn_mask=mask)
+            part, part_lse = (x.transpose(1, 2).flatten(0, 1).index_select(0, real) for x in part)
+            if not sees_itself:
+                own, own_lse = out.index_select(0, rows), lse.index_select(0, rows)
+                part = part.lerp(own, (own_lse - part_lse).sigmoid()[..., None])
+                part_lse = torch.logaddexp(own_lse, part_lse)
+            out.index_copy_(0, rows, part)
+            lse.index_copy_(0, rows, part_lse)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.layout = layout
         return out.to(q.dtype)
@@ -227,15 +242,15 @@ class AttentionCPU(torch.autograd.Function):
         dtypes = [x.dtype for x in inputs]
         inputs, dout = [x.to(out.dtype) for x in inputs], dout.to(out.dtype)
         grads = [torch.zeros_like(x) for x in inputs]
-        for queries, real, keys, causal, mask in ctx.layout.parts(out.dtype):
+        for queries, real, keys, mask in ctx.layout.parts(out.dtype):
             # A row of padding has the log-sum-exp infinity, so that it gives no key a weight.
-            lse_here = torch.full((queries.numel(), lse.shape[1]), torch.inf, dtype=lse.dtype)
-            lse_here[real] = lse.index_select(0, queries.flatten()[real])
-            lse_here = lse_here.view(*queries.shape, -1).transpose(1, 2).contiguous()
-            here = flash_backward(
-                pick(dout, queries), *padded(inputs, queries, keys), pick(out, queries), lse_here,
-                0.0, causal, attn_mask=mask)
-            for grad, more, rows in zip(grads, here, (queries, keys, keys)):
+            part_lse = torch.full((queries.numel(), lse.shape[1]), torch.inf, dtype=lse.dtype)
+            part_lse[real] = lse.index_select(0, queries.flatten()[real])
+            part_lse = part_lse.view(*queries.shape, -1).transpose(1, 2).contiguous()
+            part = flash_backward(
+                pick(dout, queries), *padded(inputs, queries, keys), pick(out, queries), part_lse,
+                0.0, mask is None, attn_mask=mask)
+            for grad, more, rows in zip(grads, part, (queries, keys, keys)):
                 # Padding has the gradient 0.
                 grad.index_add_(0, rows.flatten(), more.transpose(1, 2).flatten(0, 1))
         return *(grad.to(dtype) for grad, dtype in zip(grads, dtypes)), None
@@ -249,11 +264,6 @@ def padded(inputs, queries, keys):
 def pick(x, rows):
     """x (T, heads, K), rows (n, length) -> (n, heads, length, K); x[rows] would take longer."""
     return x.index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:]).transpose(1, 2)
-
-
-def fold(out, lse, real):
-    """(n, H, length, K), (n, H, length) -> the rows without padding, (rows, H, K) and (rows, H)."""
-    return [x.transpose(1, 2).flatten(0, 1).index_select(0, real) for x in (out, lse)]
 
 
 # ---- kernels ----

@@ -66,7 +66,7 @@ def think(checkpoint, model, tokenizer, texts, prompts, truths, is_right, args):
 
 def evaluate(checkpoint, questions, args):
     """One checkpoint on [(question, exact answer)] -> [its line of answers.json]."""
-    model, tokenizer = load_model(checkpoint, args.device)
+    model, tokenizer = load_model(checkpoint, args)
     request = SOLVE if args.template == "chat" else ""
     texts = [question + request for question, _ in questions]
     questions, texts, prompts = with_room(tokenizer, questions, texts, args,

@@ -121,7 +121,7 @@ def likelihood_hits(model, tokenizer, choices):
 
 def evaluate(checkpoint, choices, args):
     """One checkpoint -> lines of the table, for all questions and for each subject."""
-    model, tokenizer = load_model(checkpoint, args.device)
+    model, tokenizer = load_model(checkpoint, args)
     if args.mode in ("likelihood", "both"):
         sizes = []
         for question, options in (encode(tokenizer, choice) for choice in choices):

@@ -76,7 +76,7 @@ if __name__ == "__main__":
     sys.excepthook = flags.speak_once
     args = parse_args()
     tokenizer = Tokenizer.load(args.init, for_model=True)
-    model = GPT.from_pretrained(args.init, flags.compute_dtype(args.device), args.device)
+    model = GPT.from_pretrained(args.init, flags.compute_dtype(args), args.device)
     strings = own_strings(model, tokenizer, args)
     if not strings:
         raise ValueError(f"{args.out}: no rollout about {args.count} positions is worth it")

@@ -13,6 +13,11 @@ from traceback import format_exception
 
 import torch
 
+from kernels.linear import bf16_is_faster
+from plumbing import parallel
+from plumbing.files import read_json
+
+DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -125,6 +130,10 @@ def add_run_flags(add, save_every):
 def add_device_flag(add):
     default = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=default, choices=["cpu", "cuda"], help="where to compute")
+    add("--dtype", choices=[*DTYPES, "auto"],
+        help="of activations and matrix products, while weights stay fp32; auto: bf16 where it is "
+             "faster, which takes some milliseconds to see; default: bf16 on a GPU, fp32 on a CPU, "
+             "whose figures are exact only in fp32")
 
 
 @lru_cache
@@ -142,9 +151,17 @@ def versions():
     return dict(commit=commit(), torch=torch.__version__)
 
 
-def compute_dtype(device):
-    """bf16 for matrix products and activations on a GPU, fp32 on a CPU."""
-    return torch.bfloat16 if str(device).startswith("cuda") else torch.float32
+def compute_dtype(args):
+    """The torch dtype for --dtype. What `auto` chose stays in args, also when a run goes on."""
+    is_gpu = str(args.device).startswith("cuda")
+    if args.dtype == "auto" and getattr(args, "resume", False):
+        with suppress(OSError, ValueError, KeyError):
+            args.dtype = read_json(f"{args.out_dir}/args.json")["dtype"]
+    if args.dtype not in DTYPES:
+        # All ranks do as the first, because measurements differ.
+        fast = is_gpu or args.dtype == "auto" and parallel.gather_lists([bf16_is_faster()])[0]
+        args.dtype = "bf16" if fast else "fp32"
+    return DTYPES[args.dtype]
 
 
 def speak_once(kind, error, traceback):
