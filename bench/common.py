@@ -1,8 +1,13 @@
 """What the benches share: the limits of a GPU, shapes, clocks, tables."""
+import math
+import re
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime
+from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 
@@ -38,15 +43,40 @@ def pairs(groups):
     return total
 
 
+def clocked(call):
+    """-> seconds that call() took, and seconds that the CPU worked for it, added over threads."""
+    start, cpu = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - start, time.process_time() - cpu
+
+
+def timed(repeats, *calls):
+    """Median (seconds, CPU seconds) of each call.
+
+    They take turns, `repeats` times after an unmeasured one.
+    """
+    turns = [list(map(clocked, calls)) for _ in range(repeats + 1)][1:]
+    return [tuple(map(statistics.median, zip(*times))) for times in zip(*turns)]
+
+
 def medians(repeats, *calls):
-    """Median seconds of each call(). They take turns, `repeats` times after an unmeasured one."""
-    seconds = [[] for _ in calls]
-    for _ in range(repeats + 1):
-        for times, call in zip(seconds, calls):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-    return [statistics.median(times[1:]) for times in seconds]
+    """Median seconds of each call."""
+    return [seconds for seconds, _ in timed(repeats, *calls)]
+
+
+def held_gb(which="VmHWM"):
+    """GB that this process held at most, or holds now ("VmRSS"); NaN where /proc has neither."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return math.nan
+    held = re.search(rf"{which}:\s*(\d+) kB", status.read_text(encoding="utf-8"))
+    return int(held[1]) * 1024 / 1e9
+
+
+def alone(function, *arguments):
+    """What the function returns in a fresh process, in which the memory is its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def random_prompts(config, count, length):
@@ -55,6 +85,9 @@ def random_prompts(config, count, length):
 
 
 # ---- the command line and the table ----
+
+COLUMNS = "row", "what", "ours", "alternative", "alternative / ours"
+
 
 def parse_args(description, rows, repeats):
     """rows: what --rows chooses from, in words. repeats: the default."""
@@ -65,24 +98,27 @@ def parse_args(description, rows, repeats):
     return parser.parse_args()
 
 
-def run_rows(rows, args):
-    """Print a header and some rows. rows: {number: function of --repeats}; the last needs a GPU."""
-    *here, last = rows
+def run_rows(rows, args, about="fp32", columns=COLUMNS, on_gpu=None):
+    """Print a header and some rows.
+
+    rows: {number: function of --repeats}; on_gpu: the number of the one that needs a GPU.
+    about: what else to say of the machine or the numbers.
+    """
     has_gpu = torch.cuda.is_available()
-    chosen = list(rows) if has_gpu else here
+    chosen = [row for row in rows if has_gpu or row != on_gpu]
     if args.rows:
         chosen = args.rows.split(",")
     if not set(chosen) <= rows.keys():
-        raise ValueError(f"--rows {args.rows}: expected numbers from 1 to {last} with commas "
-                         "between, such as 1,3")
-    if last in chosen and not has_gpu:
-        raise ValueError(f"--rows {last} is timed on a GPU, and torch finds none (CUDA)")
+        raise ValueError(f"--rows {args.rows}: expected numbers from 1 to {len(rows)} with commas "
+                         "between, such as 1,2")
+    if on_gpu in chosen and not has_gpu:
+        raise ValueError(f"--rows {on_gpu} is timed on a GPU, and torch finds none (CUDA)")
     now = f"{datetime.now():%Y-%m-%d %H:%M}"
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, fp32, "
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {about}, "
           f"commit {flags.commit()}, {now}\n"
           f"python {' '.join(sys.argv)}: medians of {args.repeats}\n")
-    print_row("row", "what", "ours", "alternative", "alternative / ours")
-    print_row(*["---"] * 5)
+    print_row(*columns)
+    print_row(*["---"] * len(columns))
     requested = kernels.requested
     for row in chosen:
         kernels.set_backend(requested)  # rows on a GPU leave theirs behind

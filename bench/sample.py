@@ -1,18 +1,16 @@
 """How fast the sampler is, beside what people would otherwise use.
 
-    python bench/sample.py                     # 20 minutes on two cores
-    python bench/sample.py --rows 2,3 --repeats 3
+    python bench/sample.py                     # 3 minutes on two cores
+    python bench/sample.py --rows 1 --repeats 3
 
-    row 1  8 prompts x 8 rollouts x 64 tokens of SmolLM2-135M, against transformers' generate
-        2  random lengths, like those of thoughts: refill against waiting for the slowest row
-        3  the demo's model in 256 rows: tokens/s, and what its matrix products alone would allow
-        4  on a GPU: a decode step of Qwen2.5 shapes, against reading weights and cache once
+    row 1  random lengths, like those of thoughts: refill against waiting for the slowest row
+        2  on a GPU: a decode step of Qwen2.5 shapes, against reading weights and cache once
 
+bench/cpu.py has the sampler on a CPU beside transformers and beside its matrix products.
 Models have random weights, because speed does not depend on them. Ours and the alternative take
 turns, each first once unmeasured. Times are medians; if their ratio is above 1, ours is faster.
 """
 import sys
-import tempfile
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -22,35 +20,15 @@ if __name__ == "__main__":  # the repository, not bench/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from plumbing import flags  # before torch: how its threads wait
 import torch
-import torch.nn.functional as F
 import kernels
 import sample
-from bench.common import (QWEN, SMOLLM2, limits, medians, parse_args, print_row, random_prompts,
-                          run_rows)
+from bench.common import QWEN, limits, medians, parse_args, print_row, random_prompts, run_rows
 from model import GPT, GPTConfig
 
-# The demo's model, with room for the rollouts of row 2.
+# The demo's model, with room for the rollouts of row 1.
 EMBEDDED = GPTConfig(vocab_size=390, width=128, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=32,
                      ffn_width=384, max_positions=640)
-STOP = 0  # the token that ends a rollout in row 2
-
-
-def against_transformers(repeats, config=SMOLLM2, lengths=(512, 64), new=64):
-    from transformers import AutoModelForCausalLM
-    model = GPT(config)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for length in lengths:
-        prompts = random_prompts(config, 8, length)
-        generate = partial(
-            theirs.generate, torch.tensor(prompts), attention_mask=torch.ones(8, length).long(),
-            do_sample=True, top_k=0, num_return_sequences=8, max_new_tokens=new, min_new_tokens=new,
-            eos_token_id=None, pad_token_id=0)
-        ours, other = medians(
-            repeats, partial(sample.generate, model, prompts, 8, new, 1.0, [], seed=0), generate)
-        print_row(1, f"prompts of {length}", f"{ours:.2f} s, {64 * new / ours:,.0f} tok/s",
-                  f"transformers {other:.2f} s", f"{other / ours:.2f}")
+STOP = 0  # the token that ends a rollout in row 1
 
 
 def draw_random_lengths(draw_next, mean, drawn, model, temperature, truncate, hidden, bits):
@@ -89,27 +67,7 @@ def against_waiting(repeats, config=EMBEDDED, rows=64, count=128, mean=64, cap=5
     what = f"{rows} rows, {n} rollouts of {tokens / n:.0f} tokens, {max(lengths)} at most"
     rate = f"{ours:.2f} s, {tokens / ours:,.0f} tok/s, {occupancy:.1%} of the rows in use"
     for name, seconds in zip(("wait", "drop finished rows"), others):
-        print_row(2, what, rate, f"batches that {name} {seconds:.2f} s", f"{seconds / ours:.2f}")
-
-
-@torch.no_grad()
-def multiply(weights, x, times):
-    for _ in range(times):
-        for weight in weights:
-            F.linear(x[weight.shape[1]], weight)
-
-
-def against_products(repeats, config=EMBEDDED, rows=256, new=64):
-    model, prompts = GPT(config), random_prompts(config, rows // 4, 40)
-    # The embedding counts, because it is the head.
-    weights = [weight for weight in model.parameters() if weight.ndim == 2]
-    x = {weight.shape[1]: torch.randn(rows, weight.shape[1]) for weight in weights}
-    ours, floor = medians(
-        repeats, partial(sample.generate, model, prompts, 4, new, 1.0, [], seed=0),
-        partial(multiply, weights, x, new))
-    rates = [f"{seconds:.2f} s, {rows * new / seconds:,.0f} tok/s" for seconds in (ours, floor)]
-    print_row(3, f"{rows} rows, prompts of 40, {new} tokens", rates[0],
-              f"products alone {rates[1]}", f"{floor / ours:.2f}")
+        print_row(1, what, rate, f"batches that {name} {seconds:.2f} s", f"{seconds / ours:.2f}")
 
 
 def against_bandwidth(repeats, configs=QWEN, batches=(64, 256), contexts=(1024, 4096),
@@ -131,15 +89,14 @@ def against_bandwidth(repeats, configs=QWEN, batches=(64, 256), contexts=(1024, 
             cached = token_bytes * (rows // 8 * context + rows * sum(new) / 2)
             floor = max(2 * parameters / bandwidth, 2 * parameters * rows / flops)
             floor += cached / bandwidth
-            print_row(4, f"{title} {backend}, {rows} rows, context {context}",
+            print_row(2, f"{title} {backend}, {rows} rows, context {context}",
                       f"{1e3 * step:.2f} ms a step, {rows / step:,.0f} tok/s",
                       f"weights and cache read once {1e3 * floor:.2f} ms", f"{floor / step:.2f}")
 
 
-ROWS = {"1": against_transformers, "2": against_waiting, "3": against_products,
-        "4": against_bandwidth}
+ROWS = {"1": against_waiting, "2": against_bandwidth}
 
 if __name__ == "__main__":
     sys.excepthook = flags.speak_once
-    run_rows(ROWS, parse_args("Measure the sampler.", "1 transformers, 2 refill, 3 embedded model, "
-                              "4 bandwidth of a GPU", repeats=5))
+    run_rows(ROWS, parse_args("Measure the sampler.", "1 refill, 2 bandwidth of a GPU", repeats=5),
+             on_gpu="2")

@@ -1,21 +1,17 @@
-"""How fast the update is, and the whole step.
+"""How fast the update is: a shared prompt against copies of it, and the MFU of a GPU.
 
     python bench/train.py                      # the alternative of row 1 takes about 20 GB
-    python bench/train.py --rows 2 --repeats 3
 
     row 1  an update of 4 groups of 8, prompts of 1,024, rollouts of 64, shapes of SmolLM2-135M:
            a prompt once for its group, against every rollout behind its own copy of the prompt
-        2  where a step spends its time: 4 positions x 8 rollouts x 64 tokens, contexts of 256
-        3  on a GPU: an update and a step of Qwen2.5 shapes, bf16; the update against its FLOPs at
+        2  on a GPU: an update and a step of Qwen2.5 shapes, bf16; the update against its FLOPs at
            the speed that bench/common.py has for the GPU, which gives the MFU
 
 Every rollout has an advantage, so every group is computed; the learning rate is 0, so all updates
 are the same. Row 1 has 8 rollouts in a micro-batch on either side. It has no unmeasured turn and
-has to come first, because its memory is the most that the process has held so far. Rewards are not
-timed, because a run logs their time.
+has to come first, because its memory is the most that the process has held so far. bench/cpu.py has
+the update and the whole step on a CPU.
 """
-import math
-import re
 import statistics
 import sys
 import time
@@ -30,7 +26,7 @@ import torch
 import kernels
 import sample
 import train_rpt
-from bench.common import (QWEN, SMOLLM2, limits, medians, pairs, parse_args, print_row,
+from bench.common import (QWEN, SMOLLM2, held_gb, limits, medians, pairs, parse_args, print_row,
                           random_prompts, run_rows)
 from model import GPT
 from objectives import Base, Group, Question
@@ -101,35 +97,10 @@ def measure(model, optimizer, groups, budget):
     """One update -> its seconds, the most GB that this process has held, norm of the gradient."""
     start = time.perf_counter()
     norm = update(model, optimizer, groups, budget)["grad_norm"]
-    seconds, status, gb = time.perf_counter() - start, Path("/proc/self/status"), math.nan
-    if status.exists():
-        held = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))
-        gb = int(held[1]) * 1024 / 1e9
-    return seconds, gb, norm
+    return time.perf_counter() - start, held_gb(), norm
 
 
 # ---- row 2 ----
-
-def parts_of_a_step(repeats, config=SMOLLM2, count=4, prompt=256, G=8, new=64):
-    model, optimizer = trainer(config)
-    groups = random_groups(config, count, prompt, [new] * G)
-    prompts, read, drawn = prompts_of(groups), count * prompt, count * G * new
-    prefill, sampling, updating, stepping = medians(
-        repeats, partial(generate, model, prompts, G, 1), partial(generate, model, prompts, G, new),
-        partial(update, model, optimizer, groups, 16_384), optimizer.step)
-    whole = sampling + updating
-    parts = {"prefill": (read, prefill),
-             "decoding": (drawn, sampling - prefill),
-             "forward and backward": (read + drawn, updating - stepping),
-             "optimizer": (drawn, stepping)}
-    for part, (tokens, seconds) in parts.items():
-        rate = f"{seconds:.3f} s, {tokens / seconds:,.0f} tok/s"
-        print_row(2, f"{part}, {tokens:,} tokens", rate, f"{seconds / whole:.1%} of the step", "")
-    print_row(2, f"step of {count} x {G} x {new} tokens, contexts of {prompt}",
-              f"{whole:.3f} s, {drawn / whole:,.0f} tok/s", "", "")
-
-
-# ---- row 3 ----
 
 def model_flops(model, groups):
     """FLOPs that an update of groups [(prompt_len, [rollout_len, ...])] has to make.
@@ -160,20 +131,20 @@ def against_flops(repeats, configs=QWEN, count=64, prompt=1024, lengths=range(12
                 repeats, partial(update, model, optimizer, groups, budget),
                 partial(generate, model, prompts_of(sampled), G, new),
                 partial(update, model, optimizer, sampled, budget))
-            print_row(3, f"{title} {backend}, update: {count} prompts of {prompt}, {G} rollouts "
+            print_row(2, f"{title} {backend}, update: {count} prompts of {prompt}, {G} rollouts "
                       f"each of {lengths[0]} to {lengths[-1]}",
                       f"{took:.2f} s, {tokens / took:,.0f} tok/s",
                       f"its FLOPs at {flops / 1e12:.0f} TFLOP/s {least:.2f} s",
                       f"{least / took:.3f}")
             step = sampling + updating
-            print_row(3, f"{title} {backend}, step: {G} rollouts each of {new}",
+            print_row(2, f"{title} {backend}, step: {G} rollouts each of {new}",
                       f"{step:.2f} s, {count * G * new / step:,.0f} tok/s",
                       f"sampling {sampling:.2f} s, {sampling / step:.1%} of the step", "")
 
 
-ROWS = {"1": against_own_prompts, "2": parts_of_a_step, "3": against_flops}
+ROWS = {"1": against_own_prompts, "2": against_flops}
 
 if __name__ == "__main__":
     sys.excepthook = flags.speak_once
-    run_rows(ROWS, parse_args("Measure the update.", "1 shared prompts, 2 parts of a step, "
-                              "3 MFU of a GPU", repeats=1))
+    run_rows(ROWS, parse_args("Measure the update.", "1 shared prompts, 2 MFU of a GPU", repeats=1),
+             on_gpu="2")

@@ -464,7 +464,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.parametrize("asked, found", [(None, "10000"), ("7", "7")])
 @pytest.mark.parametrize("command", ["train_rpt", "train_ntp", "eval", "sample", "data/filter", "data/warmstart",
-                                     "paper/choices", "bench/sample", "bench/train"])
+                                     "paper/choices", "bench/sample", "bench/train", "bench/cpu",
+                                     "bench/growth"])
 def test_how_threads_wait_is_said_before_torch_is_loaded(command, asked, found):
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     environment |= {"GOMP_SPINCOUNT": asked} if asked else {}
