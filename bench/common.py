@@ -18,6 +18,8 @@ from plumbing import flags
 # bf16 FLOP/s and bytes/s that can be reached: 80 % and 90 % of the data sheets.
 LIMITS = {"H200": (790e12, 4.3e12), "H100": (790e12, 3.0e12), "A100": (250e12, 1.8e12)}
 
+DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
+
 SMOLLM2 = GPTConfig(vocab_size=49_152, width=576, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64,
                     ffn_width=1536, max_positions=2048)
 QWEN = {

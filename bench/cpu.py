@@ -35,7 +35,7 @@ if __name__ == "__main__":  # the repository, not bench/, is where imports start
 from plumbing import flags  # before torch: how its threads wait
 import torch
 import torch.nn.functional as F
-from bench.common import (SMOLLM2, alone, clocked, held_gb, medians, parse_args, print_row,
+from bench.common import (DTYPES, SMOLLM2, alone, clocked, held_gb, medians, parse_args, print_row,
                           random_prompts, run_rows, timed)
 from bench.sample import EMBEDDED
 from bench.train import generate, prompts_of, random_groups, trainer, update
@@ -43,7 +43,6 @@ from kernels.logprob import CHUNK_LOGITS
 from model import GPT
 from objectives import Group, Question
 
-DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 BUDGET = 16_384      # tokens of a micro-batch, as train_rpt.py has by default
 COLUMNS = ("row", "what", "ours fp32", "ours bf16", "floor fp32", "floor bf16", "other fp32",
            "other bf16", "floor / ours fp32", "floor / ours bf16", "best other / ours fp32",

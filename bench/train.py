@@ -67,9 +67,10 @@ def update(model, optimizer, groups, budget):
     return train_rpt.policy_update(model, optimizer, batches, tokens, UPDATE)
 
 
-def generate(model, prompts, G, new):
+def generate(model, prompts, G, new, max_rows=256):
     """Rollouts as train_rpt.py samples them, from a copy of the weights in bf16 on a GPU."""
-    return sample.generate(parallel.gathered(model), prompts, G, new, 1.0, [], seed=0)
+    return sample.generate(parallel.gathered(model), prompts, G, new, 1.0, [], seed=0,
+                           max_rows=max_rows)
 
 
 # ---- row 1 ----
