@@ -1,4 +1,4 @@
-"""How fast a CPU is with this: ours in fp32 and bf16, beside a floor and beside other libraries.
+"""How fast sampling and training are on a CPU, in fp32 and bf16, beside a floor and others.
 
     python bench/cpu.py                        # an hour on one thread; row 5 takes 11 GB
     python bench/cpu.py --rows 1,2 --repeats 5
@@ -11,8 +11,9 @@
 
 The floor is what the matrix products take alone: those of a decode step in the fastest way that
 torch has for them, those of an update forward and backward, with the head for rollout tokens only.
-"Others" are transformers' generate and GRPOTrainer, which is no requirement of this project; row 5
-says how to install it. It runs as its users would run it, see GRPO for what was the fastest.
+"Other" is transformers' generate, and GRPOTrainer as its users would run it on a CPU, with the
+settings that are its fastest (GRPO below). TRL is no requirement of this project: without it row 5
+says how to install it.
 
 Models have random weights and every group has a gradient. All numbers of a row take turns. In row 5
 each is a process of its own, which steps once unmeasured. Where the threads worked for less than

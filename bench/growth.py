@@ -72,8 +72,8 @@ FACTORS = {
 
 def prepare(task, dtype, own, point):
     """A model and a call that makes it work; own: each rollout has its copy of the prompt."""
-    prompts, context, rollouts, thought, model = point.values()
-    config = replace(model, max_positions=max(model.max_positions, context + thought))
+    prompts, context, rollouts, thought, shape = point.values()
+    config = replace(shape, max_positions=max(shape.max_positions, context + thought))
     model, optimizer = trainer(config, DTYPES[dtype])
     groups = random_groups(config, prompts, context, [thought] * rollouts)
     if own:
