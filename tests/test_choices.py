@@ -92,7 +92,7 @@ def test_choices_are_judged_by_their_letter_and_counted_by_subject(base, monkeyp
         return [[SimpleNamespace(tokens=tokenizer.encode(text)) for text in row]
                 for row in responses]
     monkeypatch.setattr(paper.answers, "sample_rollouts", scripted)
-    args = SimpleNamespace(mode="reasoning", device="cpu", seed=4, samples=3, temperature=0.8,
+    args = SimpleNamespace(mode="reasoning", device="cpu", dtype=None, seed=4, samples=3, temperature=0.8,
                            template="short", max_new_tokens=1, skip_long=False, dump=None)
     lines = {line["subject"]: line for line in evaluate(base, CHOICES, args)}
     assert {name: (line["accuracy"], line["n"]) for name, line in lines.items()} == {
@@ -140,7 +140,7 @@ def test_the_likelihood_of_an_option_is_that_of_its_tokens_one_by_one(checkpoint
 
 def test_likelihood_takes_the_best_sum_and_its_norm_the_best_per_byte(checkpoint):
     model, tokenizer, folder = checkpoint
-    args = SimpleNamespace(mode="likelihood", device="cpu", seed=0, skip_long=False)
+    args = SimpleNamespace(mode="likelihood", device="cpu", dtype=None, seed=0, skip_long=False)
     plain, norm = [], []
     for choice in CHOICES:
         sums = by_hand(model, tokenizer, choice)
@@ -163,7 +163,7 @@ def test_likelihood_takes_the_best_sum_and_its_norm_the_best_per_byte(checkpoint
 @pytest.mark.parametrize("mode", ["likelihood", "both"])
 def test_a_question_whose_option_has_no_room_is_named_and_can_be_left_out(base, capsys, mode):
     choices = [CHOICES[0], Choice("One?", ["a", "b c " * 60], 0, ""), CHOICES[1]]
-    args = SimpleNamespace(mode=mode, device="cpu", seed=4, samples=1, temperature=0.8, kv_gb=None,
+    args = SimpleNamespace(mode=mode, device="cpu", dtype=None, seed=4, samples=1, temperature=0.8, kv_gb=None,
                            template="short", max_new_tokens=1, skip_long=False, dump=None,
                            max_rows=8, top_k=0, top_p=1.0, min_p=0.0)
     with pytest.raises(ValueError, match=r"1 of 3 questions.* 128 tokens: 'One.' .*--skip-long"):

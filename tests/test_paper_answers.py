@@ -19,7 +19,7 @@ def test_accuracy_is_a_mean_over_thoughts_and_pass_at_k_over_questions(base, mon
         return [[SimpleNamespace(tokens=tokenizer.encode(text)) for text in row]
                 for row in responses]
     monkeypatch.setattr(paper.answers, "sample_rollouts", scripted)
-    args = SimpleNamespace(device="cpu", seed=4, samples=3, temperature=0.8, template="short",
+    args = SimpleNamespace(device="cpu", dtype=None, seed=4, samples=3, temperature=0.8, template="short",
                            max_new_tokens=8, skip_long=False, dump=str(tmp_path / "dump.jsonl"))
     [line] = evaluate(base, [("one?", "3"), ("two?", "7")], args)
 
