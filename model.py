@@ -273,7 +273,7 @@ class GPT(nn.Module):
         if self.packed_head is not None and self.packed_head.fits(hidden):
             return self.packed_head(hidden)
         if kernels.backend(hidden.device) == "torch":
-            return product(hidden, self.head.T.to(hidden.dtype))
+            return product(hidden, self.head.T)
         return linear(hidden, self.head).float()
 
     def finite(self, values):

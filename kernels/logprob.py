@@ -55,7 +55,7 @@ def soft(hidden, weight, temperature):
 
     The sum in fp64: the one inside torch's log_softmax is off by 5e-6 for 50,000 tokens.
     """
-    logits = product(hidden, weight.T.to(hidden.dtype))
+    logits = product(hidden, weight.T)
     logits = logits if temperature == 1 else logits.mul_(1 / temperature)
     logits = logits.sub_(logits.amax(dim=-1, keepdim=True))
     weights = logits.exp()
@@ -113,7 +113,7 @@ class LogProbTorch(torch.autograd.Function):
 
 
 def sample_torch(hidden, weight, bits, temperature):
-    return draw(product(hidden, weight.T.to(hidden.dtype)), temperature, bits)
+    return draw(product(hidden, weight.T), temperature, bits)
 
 
 def draw(logits, temperature, bits):
