@@ -155,8 +155,8 @@ def compute_dtype(args):
     """The torch dtype for --dtype. What `auto` chose stays in args, also when a run goes on."""
     is_gpu = str(args.device).startswith("cuda")
     if args.dtype == "auto" and getattr(args, "resume", False):
-        with suppress(OSError, ValueError, KeyError):
-            args.dtype = read_json(f"{args.out_dir}/args.json")["dtype"]
+        with suppress(OSError, ValueError):
+            args.dtype = read_json(f"{args.out_dir}/args.json").get("dtype")
     if args.dtype not in DTYPES:
         # All ranks do as the first, because measurements differ.
         fast = is_gpu or args.dtype == "auto" and parallel.gather_lists([bf16_is_faster()])[0]
