@@ -80,6 +80,34 @@ def test_random_ragged_layouts_agree_with_the_loop():
         torch.testing.assert_close(packed, loop, rtol=0, atol=1e-13)
 
 
+def attention_by_square(q, k, v, visible):
+    """The same for long sequences: all scores, with minus infinity where a row may not look."""
+    seen = torch.zeros(len(q), len(q), dtype=torch.bool)
+    for t, rows in enumerate(visible):
+        seen[t, rows] = True
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("thk,shk->hts", q, k) / q.shape[2] ** 0.5
+    return torch.einsum("hts,shk->thk", scores.masked_fill(~seen, -torch.inf).softmax(dim=-1), v)
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-12), (torch.float32, 2e-5),
+                                         (torch.bfloat16, 0.05)])
+def test_lengths_in_many_buckets_agree_with_a_masked_square(dtype, atol):
+    """Lengths on both sides of powers of two, as prompts, as rollouts and as their sums."""
+    groups = [(1, [130]), (65, []), (17, [1, 16, 33]), (128, [1]), (40, [64, 1, 129]), (3, [])]
+    exact = [x.detach().to(dtype).double().requires_grad_() for x in random_qkv(groups)]
+    inputs = [x.detach().to(dtype).requires_grad_() for x in exact]
+    packed = attention(*inputs, make_layout(groups))
+    square = attention_by_square(*exact, visible_rows(groups))
+    weights = torch.randn(square.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    assert packed.dtype == dtype
+    torch.testing.assert_close(packed.double(), square, rtol=0, atol=atol)
+    ours, theirs = (torch.autograd.grad(out, x, weights.to(out.dtype))
+                    for out, x in ((packed, inputs), (square, exact)))
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a.double(), b, rtol=0.01, atol=10 * atol)
+
+
 def test_a_shared_prompt_is_G_copies_whose_prompt_gradients_add_up():
     P, lengths = 5, [3, 1, 4]
     q, k, v = random_qkv([(P, lengths)])

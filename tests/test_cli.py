@@ -119,6 +119,36 @@ ALL = ["train_rpt.py", "train_ntp.py", "eval.py", "data/filter.py", "data/warmst
 PROMPTING = ["train_rpt.py", "eval.py", "data/warmstart.py"]
 
 
+@pytest.mark.parametrize("script", [*ALL, "sample.py", "paper/own_rollouts.py"])
+def test_every_script_computes_in_the_dtype_that_is_asked_for(monkeypatch, corpus, base, tmp_path,
+                                                               script):
+    dtypes, real = set(), GPT.hidden
+
+    def watched(*inputs):
+        hidden = real(*inputs)
+        dtypes.add(hidden.dtype)
+        return hidden
+
+    monkeypatch.setattr(GPT, "hidden", watched)
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32), (None, torch.float32)):
+        folder = tmp_path / str(name)
+        shutil.copytree(corpus.folder, folder / "corpus",
+                        ignore=shutil.ignore_patterns("scores-*") if "filter" in script else None)
+        here = corpus._replace(folder=folder / "corpus")
+        if script == "sample.py":
+            line = ["--model", base, "--prompt", "1+1", "--n", 2, "--max-new-tokens", 4]
+        elif script == "paper/own_rollouts.py":
+            line = ["--init", base, "--corpus", here.folder, "--out", folder / "out", "--count", 8,
+                    "--rollouts", 2, "--template", "short", "--max-new-tokens", 8,
+                    "--entropy-threshold", 0]
+        else:
+            line = arguments(script, here, base, folder / "out")
+        code, _, err = run_here(script, *line, *(["--dtype", name] if name else []))
+        assert code == 0, err
+        assert dtypes == {dtype}
+        dtypes.clear()
+
+
 @pytest.mark.parametrize("script", ALL)
 def test_a_missing_corpus_is_one_line(fails, corpus, tmp_path, script):
     fails("nowhere: no such folder", script, corpus=corpus._replace(folder=tmp_path / "nowhere"))

@@ -102,6 +102,22 @@ def test_kernels_agree_with_the_formula_and_stay_inside_their_tensors(name, dtyp
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
+def test_the_torch_backend_agrees_with_the_formula_forward_and_backward(use_kernels, name, dtype):
+    use_kernels("torch")
+    operation, formula, shapes = CASES[name]
+    inputs = [random(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
+    exact = [x.double().requires_grad_() for x in inputs]
+    inputs = [x.requires_grad_() for x in inputs]
+    out, expected = operation(*inputs), formula(*exact)
+    with torch.no_grad():
+        assert torch.equal(operation(*inputs), out)
+    assert out.dtype == dtype and error(out, expected) < DTYPES[dtype]
+    for a, b in zip(gradients(out, inputs), gradients(expected.double(), exact)):
+        assert a.dtype == dtype and error(a, b) < 3 * DTYPES[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(name, dtype):
     operation, _, shapes = CASES[name]
     inputs = [random(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]

@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import model as module
+from kernels.attention import make_layout
+from kernels.linear import CAN_PACK
 from model import GPT
 from plumbing import files
 
@@ -132,6 +135,47 @@ def test_bf16_compute_returns_fp32_logits_near_those_of_fp32(folder):
     exact, rounded = GPT.from_pretrained(folder)(TOKENS), GPT.from_pretrained(folder, torch.bfloat16)(TOKENS)
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("family, tied", [("llama", True), ("qwen2", False), ("qwen3", True)])
+def test_packed_weights_are_those_of_the_model(tmp_path, family, tied, rows):
+    """On a CPU: each product, with its bias and residual, and that of the head."""
+    random_model(family, tied).save_pretrained(tmp_path)
+    layout = make_layout([(rows, [])])
+    for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+        model = GPT.from_pretrained(tmp_path, compute_dtype=dtype)
+        run = partial(model.hidden, torch.arange(rows), layout.positions, layout.attend)
+        expected = run()
+        model.pack_weights(rows)
+        packed = [model.packed_head, *(layers[0].packed for layers in model.by_input())]
+        assert [x is not None for x in packed] == [bool(CAN_PACK[dtype])] * 13
+        hidden, logits = run(), model.logits(expected)
+        model.unpack_weights()
+        packed = [model.packed_head, *(layers[0].packed for layers in model.by_input())]
+        assert packed == [None] * 13 and hidden.dtype == dtype and logits.dtype == torch.float32
+        assert (hidden - expected).float().norm() < limit * expected.float().norm()
+        exact = exact_logits(model, expected)
+        torch.testing.assert_close(logits.double(), exact, rtol=0, atol=1e-4)
+
+
+def exact_logits(model, hidden):
+    """The logits of these hidden states in fp64, with the head rounded to their dtype."""
+    return hidden.double() @ model.head.detach().to(hidden.dtype).double().T
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_logits_of_bf16_hidden_states_are_summed_and_kept_in_fp32(tiny_gpt, is_packed):
+    tiny_gpt.compute_dtype = torch.bfloat16
+    hidden = torch.randn(9, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        if is_packed:
+            tiny_gpt.pack_weights(9)
+        logits = tiny_gpt.logits(hidden)
+    assert logits.dtype == torch.float32
+    # Rounded to bf16 they would be off by 0.01.
+    torch.testing.assert_close(logits.double(), exact_logits(tiny_gpt, hidden), rtol=0, atol=1e-5)
 
 
 def test_fp32_masters_with_bf16_activations_get_fp32_gradients(tiny_gpt):

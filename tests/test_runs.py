@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from plumbing import batch, log
+from plumbing import batch, flags, log
 from plumbing.checkpoint import load_trainer, save_checkpoint
 from data import positions
 from data.positions import find_scores, load_positions
@@ -227,6 +227,36 @@ def test_a_run_of_the_other_trainer_is_not_resumed(whole, corpus, base):
     code, _, err = run_here(*command(other, corpus, base, run), "--resume")
     assert code == 2 and "is a run of the other trainer: take --init" in err and err.count("\n") == 1
     assert times() == before
+
+
+def test_auto_asks_once_and_a_run_keeps_the_answer(monkeypatch, corpus, base, tmp_path):
+    asked = []
+    for dtype in ("bf16", "fp32"):
+        run, plain = tmp_path / "auto" / dtype, tmp_path / "plain" / dtype
+        line = command("train_rpt.py", corpus, base, run, dtype="auto")
+        monkeypatch.setattr(flags, "bf16_is_faster", lambda: asked.append(dtype) or dtype == "bf16")
+        assert run_here(*line, "--steps", 3)[0] == 0
+        # From here on the answer would be another.
+        monkeypatch.setattr(flags, "bf16_is_faster",
+                            lambda: asked.append("twice") or dtype == "fp32")
+        code, out, err = run_here(*line, "--resume")
+        assert (code, err) == (0, "") and "changed: steps 3 -> 6\n" in out
+        assert json.loads((run / "args.json").read_text())["dtype"] == dtype
+        assert run_here(*command("train_rpt.py", corpus, base, plain, dtype=dtype))[0] == 0
+        assert contents(run) == contents(plain)
+    assert asked == ["bf16", "fp32"]
+    assert contents(tmp_path / "auto" / "bf16")[1] != contents(tmp_path / "auto" / "fp32")[1]
+
+
+def test_auto_continues_a_run_that_names_no_dtype_as_it_was(monkeypatch, corpus, base, tmp_path):
+    line = command("train_ntp.py", corpus, base, tmp_path / "run")
+    assert run_here(*line, "--steps", 3)[0] == 0
+    args = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert args.pop("dtype") == "fp32"
+    (tmp_path / "run" / "args.json").write_text(json.dumps(args))
+    monkeypatch.setattr(flags, "bf16_is_faster", lambda: True)
+    assert run_here(*line, "--resume", "--dtype", "auto")[0] == 0
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["dtype"] == "fp32"
 
 
 def test_a_run_that_is_done_says_where_it_ended(whole, corpus, base):

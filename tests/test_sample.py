@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ import sample
 from data.tokenizer import EMBEDDED_PATTERN, EMBEDDED_SPECIAL, Tokenizer
 from model import GPT, GPTConfig
 from kernels.attention import make_layout
-from kernels.logprob import draw, logprob
+from kernels.linear import CAN_PACK
+from kernels.logprob import BLOCK, draw, logprob
 from sample import Cache, generate, mix
 from plumbing.truncate import truncation
 
@@ -304,6 +306,64 @@ def test_probabilities_that_round_to_a_sum_below_one_still_give_a_token():
     sums = logits.log_softmax(dim=-1).exp().sum(dim=-1, dtype=torch.float64)
     tokens, logprobs = draw(logits, 1.0, torch.full((200,), -1))  # just below 1
     assert sums.min() < 1 - 1e-9 and tokens.tolist() == [999] * 200 and logprobs.isfinite().all()
+
+
+@pytest.mark.parametrize("V", [7, BLOCK, 2 * BLOCK + 88])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_draws_follow_the_distribution_within_blocks_and_across_them(V, temperature):
+    """Tokens expected less than 20 times count together."""
+    logits = torch.randn(V, generator=torch.Generator().manual_seed(V))
+    logits[1::3] -= 4
+    logits[::5] = -torch.inf  # what truncation leaves
+    p, N = (logits.double() / temperature).softmax(dim=0), 1 << 16
+    counts = torch.zeros(V)
+    for bits in mix(torch.arange(N)).split(1 << 13):
+        tokens, logprobs = draw(logits.repeat(len(bits), 1), temperature, bits)
+        counts += tokens.bincount(minlength=V)
+        torch.testing.assert_close(logprobs.double(), p.log()[tokens], rtol=0, atol=1e-5)
+    rare = N * p < 20
+    expected, seen = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (N * p, counts.double()))
+    expected, seen = expected[expected > 0], seen[expected > 0]
+    assert counts[logits == -torch.inf].sum() == 0 and seen.sum() == N
+    assert ((seen - expected) ** 2 / expected).sum() < chi_square_limit(len(expected))
+
+
+def test_a_block_without_any_token_is_never_drawn():
+    for only in (0, BLOCK - 1, BLOCK, 2 * BLOCK + 87):
+        logits = torch.full((64, 2 * BLOCK + 88), -torch.inf)
+        logits[:, only] = 3.0
+        tokens, logprobs = draw(logits, 1.0, mix(torch.arange(64)))
+        assert set(tokens.tolist()) == {only} and logprobs.tolist() == [0.0] * 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("end", [None, KeyboardInterrupt, ValueError])
+def test_no_packed_weights_outlive_a_call_however_it_ends(tiny_gpt, dtype, end):
+    tiny_gpt.compute_dtype = dtype
+    layers = [layers[0] for layers in tiny_gpt.by_input()]
+    packed = lambda: [x for x in (tiny_gpt.packed_head, *(layer.packed for layer in layers)) if x]
+    most = []
+
+    def watch(drawn, ended):
+        most.append(len(packed()))
+        if end and most[-1]:
+            raise end
+
+    with pytest.raises(end) if end else nullcontext():
+        run(tiny_gpt, on_tokens=watch)
+    assert most[-1] == (1 + len(layers) if CAN_PACK[dtype] else 0) and not packed()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rollouts_after_an_update_are_those_of_the_new_weights(tiny_gpt, dtype):
+    tiny_gpt.compute_dtype = dtype
+    before = tokens_of(run(tiny_gpt))
+    with torch.no_grad():
+        for weight in tiny_gpt.parameters():
+            weight.mul_(0.7)
+    fresh = GPT(tiny_gpt.config, dtype)
+    fresh.load_state_dict(tiny_gpt.state_dict())
+    assert before != tokens_of(run(tiny_gpt)) == tokens_of(run(fresh))
 
 
 def test_mix_is_splitmix64():
