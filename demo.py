@@ -24,7 +24,7 @@ from plumbing import flags
 from plumbing.checkpoint import latest_checkpoint, on_interrupts
 from plumbing.files import lock, sign
 
-BASE_STEPS, RPT_STEPS = 2400, 250
+BASE_STEPS, RPT_STEPS = 2400, 200
 THREADS = 4         # at most, for so small a model
 EVAL = ("eval.py lm --corpus {run}/corpus --template short --max-new-tokens 64 --positions 500 "
         "--samples 8 --seed {seed} --dump {run}/thoughts.jsonl --out ")

@@ -174,7 +174,8 @@ def evaluate(checkpoint, corpus, positions, splits, args):
             hits = majority_hits(thoughts[sampled])
         for split, i in splits.items():
             documents = positions[i, 1]
-            part = dict(split=split, corpus=args.corpus, template=args.template)
+            part = dict(split=split, corpus=args.corpus, template=args.template,
+                        dtype=args.dtype)
             if mode == "ntp" or mode in VOTES:
                 line = result(checkpoint, mode, part, hits[i], documents, args.seed)
             else:

@@ -220,12 +220,21 @@ class GPT(nn.Module):
 
         rows: of a decode step. These are copies, so `unpack_weights` has to come before an update.
         """
-        dtype, device = self.compute_dtype, self.device
-        if device.type == "cpu" and kernels.backend(device) == "torch" and CAN_PACK.get(dtype):
+        dtype = self.compute_dtype
+        if self.packs():
             for layers in self.by_input():
                 layers[0].packed = Packed([layer.weight.to(dtype) for layer in layers],
                                           [layer.bias for layer in layers], rows)
             self.packed_head = Packed([self.head.to(dtype)], [None], rows, is_head=True)
+
+    def packs(self):
+        on_cpu = self.device.type == "cpu" and kernels.backend(self.device) == "torch"
+        return on_cpu and CAN_PACK.get(self.compute_dtype, False)
+
+    def packed_bytes(self):
+        """How much memory `pack_weights` will take. The head is fp32 in any case."""
+        size, head = self.compute_dtype.itemsize, 4 * self.head.numel()
+        return self.packs() and size * sum(w.numel() for w in self.layers.parameters()) + head
 
     def unpack_weights(self):
         self.packed_head = None
@@ -272,7 +281,7 @@ class GPT(nn.Module):
         """hidden (N, D) -> (N, V), fp32."""
         if self.packed_head is not None and self.packed_head.fits(hidden):
             return self.packed_head(hidden)
-        if kernels.backend(hidden.device) == "torch":
+        if hidden.device.type == "cpu" and kernels.backend(hidden.device) == "torch":
             return product(hidden, self.head.T)
         return linear(hidden, self.head).float()
 

@@ -334,7 +334,7 @@ class Cache:
         self.R = max(1, max_new_tokens - 1)
         token_bytes = 2 * config.n_layers * Hkv * K * dtype.itemsize
         self.B, self.S = cache_size(len(prompts), n, P, self.R, token_bytes, max_rows,
-                                    kv_budget(kv_gb, device))
+                                    kv_budget(kv_gb, device, model.packed_bytes()))
         self.prompt_k, self.prompt_v, self.row_k, self.row_v = [], [], [], []
         for _ in range(config.n_layers):
             for caches in (self.prompt_k, self.prompt_v):
@@ -431,8 +431,11 @@ def cache_size(N, n, P, R, token_bytes, max_rows, budget):
                      f"there is room for {budget / 1e9:.3g} GB")
 
 
-def kv_budget(kv_gb, device):
-    """Bytes for the KV cache: as asked, or a share of the memory that is free."""
+def kv_budget(kv_gb, device, packed=0):
+    """Bytes for the KV cache: as asked, or a share of the memory that is free.
+
+    packed: bytes that packed weights will take.
+    """
     if kv_gb is not None:
         return kv_gb * 1e9
     if device.type == "cuda":
@@ -441,7 +444,7 @@ def kv_budget(kv_gb, device):
         return KV_SHARE * (torch.cuda.mem_get_info(device)[0] + kept)
     # Ranks of one machine share its memory.
     free, total = (size / parallel.LOCAL_WORLD for size in memory.available())
-    return min(KV_SHARE * free, CPU_SHARE * total)
+    return min(KV_SHARE * max(0, free - packed), CPU_SHARE * total)
 
 
 # ---- random numbers ----

@@ -222,10 +222,14 @@ def sampling(config, args):
     parts, _ = state(config, args)
     is_copied = args.gpus > 1 or size < 4
     parts["gathered weights"] = size * count_parameters(config)[1] if is_copied else 0
+    if args.device == "cpu" and args.kernels == "torch":
+        block, _ = count_parameters(config)
+        parts["packed weights"] = config.n_layers * block * size + 4 * vocab * config.width
 
     # The cache takes its share of what is free. The last token of a rollout is never cached.
     cached, slot = max(1, rollout - 1), slot_size(prompt, args.device)
-    token = 2 * config.n_layers * config.n_kv_heads * config.head_dim * size
+    token = 2 * config.n_layers * config.n_kv_heads * config.head_dim
+    token *= kernels.cache_dtype(flags.compute_dtype(args), torch.device(args.device)).itemsize
     budget = CPU_SHARE * args.gpu_gb * 1e9
     if args.device == "cuda":
         budget = KV_SHARE * (args.gpu_gb * 1e9 - sum(parts.values()) - reserve(args))
@@ -241,7 +245,7 @@ def sampling(config, args):
     prefill = 3 * size * (config.ffn_width + config.width) * prefilled
     draw = 16 * -(-vocab // logprob.SPLIT)  # four numbers for each split
     if args.kernels == "torch":
-        draw = max(28 * vocab, 16 * config.n_heads * (prompt + cached))  # logits, or scores
+        draw = max(8 * vocab, 16 * config.n_heads * (prompt + cached))  # logits, or scores
     parts[f"KV cache, {rows} of {count * args.rollouts} rows"] = cache
     parts["buffers of the sampler"] = max(prefill, rows * draw)
     return parts, rows

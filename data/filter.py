@@ -100,7 +100,8 @@ def parse_args():
     add("--proxy", required=True,
         help="checkpoint folder; a small one of the same tokenizer will do")
     add("--documents", type=flags.at_least(0), default=0,
-        help="score this many documents of each split; 0: all")
+        help="score this many documents of each split; 0: all; those that have scores keep "
+             "them, whatever the --dtype")
     flags.add_device_flag(add)
     return parser.parse_args()
 

@@ -169,7 +169,7 @@ def real_places(lens, rows):
 
 
 def buckets(lens):
-    """Lists of the lengths that are not 0, of similar ones: at most half of a row is padding."""
+    """Lists of the lengths that are not 0, of similar ones: up to 16, 32, 64 ... tokens."""
     size = lens.clamp(min=16).double().log2().ceil() * (lens > 0)
     return [torch.nonzero(size == some).squeeze(1) for some in size.unique() if some]
 

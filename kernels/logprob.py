@@ -53,7 +53,7 @@ def logprob_torch(hidden, weight, targets, temperature=1.0, with_entropy=True):
 def soft(hidden, weight, temperature):
     """-> logits less the largest of each row, (n, V) fp32; their exponentials, whose sum is (n, 1).
 
-    The sum in fp64: the one inside torch's log_softmax is off by 5e-6 for 50,000 tokens.
+    Summed in fp64: torch's own log_softmax may be off by 5e-6 for 50,000 tokens.
     """
     logits = product(hidden, weight.T)
     logits = logits if temperature == 1 else logits.mul_(1 / temperature)
