@@ -182,7 +182,7 @@ def test_next_steps_name_this_run_and_not_what_is_done():
     assert "        python demo.py --control\n" in demo.ending(usual, 1.0)
     other = demo.ending(SimpleNamespace(out_dir="my runs/x", seed=3, control=False), 1.0)
     assert "        python demo.py --out-dir 'my runs/x' --seed 3 --control\n" in other
-    assert "--model 'my runs/x/rpt/step_000250'" in other
+    assert "--model 'my runs/x/rpt/step_000200'" in other
     after = demo.ending(SimpleNamespace(out_dir="runs/demo", seed=0, control=True), 1.0)
     assert "demo.py" not in after and "control/results.json" in after
     for text in (demo.ending(usual, 1.0), after):
@@ -240,7 +240,7 @@ def test_the_chain_from_corpus_to_picture_and_control(tmp_path):
     """The demo with a base of 100 steps, one step of RPT and few positions; the second time all stages are done."""
     pytest.importorskip("matplotlib")
     text = (ROOT / "demo.py").read_text(encoding="utf-8")
-    for usual, shorter in (("2400, 250", "100, 1"), ("--documents 1800", "--documents 60"),
+    for usual, shorter in (("2400, 200", "100, 1"), ("--documents 1800", "--documents 60"),
                            ("--positions 500", "--positions 20")):
         assert usual in text
         text = text.replace(usual, shorter)
