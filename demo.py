@@ -46,7 +46,7 @@ STAGES = [
           "before the last step, some are skipped, some are wrong.",
           NTP + "--out-dir {run}/base --strings {run}/corpus/strings.jsonl --steps {base_steps} "
           "--documents-per-step 6 --strings-per-step 24 --lr 2e-3 --save-every 500",
-          "{base}/config.json", 200),
+          "{base}/config.json", 170),
     Stage("Find the tokens that are hard to guess: the entropy of the base model's prediction at "
           "every position.",
           "data/filter.py --corpus {run}/corpus --proxy {base} --documents 1800",
@@ -60,7 +60,7 @@ STAGES = [
           "train_rpt.py --init {base} --corpus {run}/corpus --out-dir {run}/rpt --template short "
           "--entropy-threshold 0.5 --steps {rpt_steps} --batch-size 32 --rollouts 8 "
           "--max-new-tokens 64 --temperature 1.0 --lr 3e-4 --grad-clip 1.0 --seed {seed} --resume",
-          "{rpt}/config.json", 115),
+          "{rpt}/config.json", 80),
     Stage("Measure RPT on the same unseen positions.",
           EVAL + "{run}/rpt/results.json --mode all --beside {run}/before.json "
           "--checkpoints {rpt}",
