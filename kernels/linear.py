@@ -135,10 +135,11 @@ class Linear(torch.autograd.Function):
 
 def product(a, b):
     """a @ b in a's dtype, but accumulated and returned in fp32."""
+    b = b.to(a.dtype)
     if a.dtype != torch.bfloat16:
-        return a @ b.to(a.dtype)
+        return a @ b
     if a.is_cuda:
-        return torch.mm(a, b.to(a.dtype), out_dtype=torch.float32)
+        return torch.mm(a, b, out_dtype=torch.float32)
     with bf16_products():
         return a.float() @ b.float()
 
