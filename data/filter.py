@@ -4,7 +4,8 @@
 
 For every position of a solution: the entropy over the proxy's 16 most probable next tokens (with
 their probabilities in the full softmax, not renormalised), and whether the most probable one is
-right. data/positions.py finds these scores beside the corpus and applies the threshold.
+right. data/positions.py finds these scores beside the corpus and applies the threshold. A document
+that has scores keeps them, whatever the --dtype.
 """
 import os
 import sys
@@ -100,8 +101,7 @@ def parse_args():
     add("--proxy", required=True,
         help="checkpoint folder; a small one of the same tokenizer will do")
     add("--documents", type=flags.at_least(0), default=0,
-        help="score this many documents of each split; 0: all; those that have scores keep "
-             "them, whatever the --dtype")
+        help="score this many documents of each split; 0: all")
     flags.add_device_flag(add)
     return parser.parse_args()
 
