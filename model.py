@@ -62,7 +62,7 @@ class RMSNorm(nn.Module):
 class Linear(nn.Linear):
     """Weights may be fp32 masters while activations are bf16: `linear` casts the weights."""
     joined = None   # weight and bias of this layer and those behind it that read the same x
-    packed = None   # the same as `Packed`, on a CPU
+    packed = None   # the same for a CPU, as `Packed`
 
     def forward(self, x, residual=None):
         if self.packed is None or not self.packed.fits(x):
@@ -233,8 +233,10 @@ class GPT(nn.Module):
 
     def packed_bytes(self):
         """How much memory `pack_weights` will take. The head is fp32 in any case."""
-        size, head = self.compute_dtype.itemsize, 4 * self.head.numel()
-        return self.packs() and size * sum(w.numel() for w in self.layers.parameters()) + head
+        if not self.packs():
+            return 0
+        layers = sum(weight.numel() for weight in self.layers.parameters())
+        return self.compute_dtype.itemsize * layers + 4 * self.head.numel()
 
     def unpack_weights(self):
         self.packed_head = None
@@ -265,7 +267,8 @@ class GPT(nn.Module):
         """Packed tokens (T,) -> log-probs of the S rollout tokens, (S,) fp32."""
         hidden = self.hidden(tokens, layout.positions, layout.attend)        # (T, D)
         targets = tokens[layout.rollout_rows]                                # (S,)
-        logprobs, _ = logprob(hidden[layout.predict_rows], self.head, targets, temperature)
+        logprobs, _ = logprob(hidden[layout.predict_rows], self.head, targets, temperature,
+                              with_entropy=False)
         return logprobs
 
     def forward(self, tokens):

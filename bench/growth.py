@@ -96,14 +96,12 @@ def measure(task, dtype, own, point):
 
 
 def measure_factors(factors, dtype):
-    """-> points: dicts of factor, x, task, own, seconds, gb."""
+    """Yield points: dicts of factor, x, task, own, seconds, gb."""
     jobs = [(factor, x, task, own) for factor in factors for x in FACTORS[factor][1]
             for task in TASKS for own in ((False, True) if factor == "shared" else (False,))]
-    points = []
     for factor, x, task, own in tqdm(jobs, desc="growth", unit="point", disable=None):
         seconds, gb = alone(measure, task, dtype, own, MIDDLE | FACTORS[factor][1][x])
-        points.append(dict(factor=factor, x=x, task=task, own=own, seconds=seconds, gb=gb))
-    return points
+        yield dict(factor=factor, x=x, task=task, own=own, seconds=seconds, gb=gb)
 
 
 # ---- tables ----
@@ -210,9 +208,10 @@ if __name__ == "__main__":
         found = read_json(args.read)
     else:
         found = dict(command=f"python {' '.join(sys.argv)}", dtype=args.dtype,
-                     threads=torch.get_num_threads(), **flags.versions())
-        found["points"] = measure_factors(args.factors, args.dtype)
-        write(args.out, json.dumps(found, indent=1))
+                     threads=torch.get_num_threads(), points=[], **flags.versions())
+        for point in measure_factors(args.factors, args.dtype):
+            found["points"].append(point)
+            write(args.out, json.dumps(found, indent=1))
     points = found["points"]
     measured = dict.fromkeys(point["factor"] for point in points)
     curves = [factor for factor in measured if factor != "shared"]

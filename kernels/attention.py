@@ -62,7 +62,7 @@ class Layout:
     last_rows: torch.Tensor        # (N,)    last row of each prompt
     segments: torch.Tensor         # (N + M, 5) on the CPU: start, end, start and end of the prefix
     #                                that it sees, end of the rows that see it
-    tables: dict = field(default_factory=dict)     # what `tiles` has computed
+    tables: dict = field(default_factory=dict)     # what `tiles` and `parts` computed
 
     def attend(self, layer, q, k, v):
         return attention(q, k, v, self)
@@ -88,7 +88,6 @@ class Layout:
             self.tables[axis, block] = table.int().to(self.positions.device)
         return self.tables[axis, block]
 
-
     def parts(self, dtype):
         """What AttentionCPU computes, a list of:
 
@@ -98,14 +97,15 @@ class Layout:
         if ("parts", dtype) in self.tables:
             return self.tables["parts", dtype]
         start, end, prefix, prefix_end, seen_until = self.segments.unbind(1)
-        parts, tail = [], (seen_until - end) * (prefix == prefix_end)  # rollouts behind a prompt
-        for some in buckets(end - start):
-            rows = padded_rows(start[some], (end - start)[some])
-            parts.append((rows, real_places((end - start)[some], rows), rows, None))
+        lens, tail = end - start, (seen_until - end) * (prefix == prefix_end)  # behind a prompt
+        parts = []
+        for some in buckets(lens):
+            rows = padded_rows(start[some], lens[some])
+            parts.append((rows, real_places(lens[some], rows), rows, None))
         for some in buckets(tail):
-            rows, keys = (padded_rows(end[some], tail[some]),
-                          padded_rows(start[some], (end - start)[some]))
-            unseen = ~is_real((end - start)[some], keys.shape[1])[:, None, None]
+            rows, keys = (padded_rows(first[some], count[some])
+                          for first, count in ((end, tail), (start, lens)))
+            unseen = ~is_real(lens[some], keys.shape[1])[:, None, None]
             mask = torch.zeros(unseen.shape, dtype=dtype).masked_fill(unseen, -torch.inf)
             parts.append((rows, real_places(tail[some], rows), keys, mask))
         self.tables["parts", dtype] = parts
@@ -207,7 +207,7 @@ flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 
 
 class AttentionCPU(torch.autograd.Function):
-    """`attention` by torch's flash attention, without a copy of any prompt, and with few padding:
+    """`attention` by torch's flash attention, with no copy of a prompt and little padding:
 
         segments of similar length     over themselves, causally        (n, length) queries
         a group's rollouts, in a row   over their prompt

@@ -177,9 +177,10 @@ class Packed:
         """x (N, D) -> (N, O)."""
         if not self.in_bf16:
             return torch.ops.mkl._mkl_linear(x, self.weight, self.shape_only, self.bias, self.rows)
-        with bf16_products():
-            x = x.float() if self.is_head else x
+        if not self.is_head:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        with bf16_products():
+            return torch.ops.mkldnn._linear_pointwise(x.float(), self.weight, None, "none", [], "")
 
 
 def bf16_is_faster(N=256, D=512):

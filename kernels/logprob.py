@@ -460,6 +460,8 @@ class LogProb(torch.autograd.Function):
 def logprob(hidden, weight, targets, temperature=1.0, with_entropy=True):
     """hidden (N, D), weight (V, D), targets (N,) -> log-probs (N,), entropy (N,) in nats, fp32.
 
+    with_entropy: False spares torch the entropy, which is then None; the kernels have it anyway.
+
     Both are those of softmax(hidden @ weight.T / temperature), the distribution sampled from. A row
     whose target is -1 is ignored: 0, 0, no gradient. weight may be an fp32 master beside bf16
     hidden states.

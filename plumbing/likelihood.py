@@ -29,7 +29,7 @@ def read(model, groups, budget):
         chosen = torch.tensor(chosen, device=model.device)
         hidden = hidden[layout.predict_rows[chosen]]
         ids = tokens[layout.rollout_rows[chosen]]
-        logprobs = model.finite(logprob(hidden, model.head, ids)[0]).tolist()
+        logprobs = model.finite(logprob(hidden, model.head, ids, with_entropy=False)[0]).tolist()
         # At temperature 0 the random bits are not used.
         likeliest = sample(hidden, model.head, torch.zeros_like(ids), 0)[0].tolist()
         of_texts = ((logprobs[end - n:end], likeliest[end - n])

@@ -20,7 +20,7 @@ def found(monkeypatch):
         "shared": ("both", {(16, 4): dict(context=16, rollouts=4)})})
     monkeypatch.setattr(growth, "alone", lambda function, *arguments: (0.5, 0.25))
     return dict(command="python bench/growth.py", dtype="fp32", threads=1, commit="abc", torch="2",
-                points=growth.measure_factors(["rows", "shared"], "fp32"))
+                points=list(growth.measure_factors(["rows", "shared"], "fp32")))
 
 
 @pytest.mark.parametrize("task", growth.TASKS)

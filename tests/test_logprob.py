@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from kernels import logprob as module
+from kernels.attention import make_layout
 from kernels.logprob import logprob
 
 
@@ -126,3 +127,15 @@ def test_bf16_hidden_states_give_fp32_results_and_gradients_in_the_masters_dtype
     assert_same((logprobs, entropy), oracle(hidden, weight, targets), 0.05)
     logprobs.sum().backward()
     assert master.grad.dtype == torch.float32 and hidden.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("rows_per_chunk, times", [(100, 1), (3, 6)])
+def test_a_backward_pass_computes_logits_again_only_if_they_are_several_chunks(
+        tiny_gpt, monkeypatch, rows_per_chunk, times):
+    """8 rollout tokens: as one chunk once, as three chunks twice each."""
+    calls, real = [], module.soft
+    monkeypatch.setattr(module, "soft", lambda *rest: calls.append(1) or real(*rest))
+    monkeypatch.setattr(module, "CHUNK_LOGITS", rows_per_chunk * tiny_gpt.config.vocab_size)
+    tokens, layout = torch.arange(13), make_layout([(5, [3, 5])])
+    tiny_gpt.logprobs(tokens, layout).sum().backward()
+    assert len(calls) == times
