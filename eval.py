@@ -8,11 +8,13 @@ hard are entropy > 0.5, 1.0 and 1.5 nats, nested. Every checkpoint answers the s
     reasoning   K sampled thoughts with a prediction: mean accuracy, and pass@K (any of the K right)
     empty       the rollout begins with </think>, and only a box that comes at once counts: a
                 control that measures what the thought adds
+    swapped     the thought is one that was sampled about another position: does the box follow it?
     forced      </think> is not allowed among the first --forced tokens
     greedy      the most probable token at each place: one thought
     majority    what most of the K thoughts predict, which counts as one prediction
 
 The last three show what a model can do without training if it is only decoded in another way.
+--hits keeps what is right at each position, for differences of two modes (paper/paired.py).
 A prediction is right by `reward.prefix_match`, whatever reward an objective gives it. All figures
 are in percent. Brackets are 95 % bootstrap intervals over documents, because positions of one
 document are correlated; where there are fewer than 10, or all agree, at least as wide as Wilson's
@@ -45,15 +47,16 @@ from plumbing.files import write
 from plumbing.log import RolloutBar, dump, in_words, other_lines
 from plumbing.truncate import truncation
 from reward import box_at_once, extract_prediction, prefix_match
-from sample import generate
+from sample import Rollout, generate
 
 BOOTSTRAP = 1000        # resamples
 FEW = 10                # documents, of which resamples alone would be too sure
+BOX_TOKENS = 32         # of what follows a swapped thought
 TOKENS_PER_PASS = 8192  # of a forward pass over contexts; bounds memory
 MAX_NEW_TOKENS = 8192   # of a rollout, where the model has the room
 DECODINGS = ["reasoning", "majority", "forced", "forced-majority", "greedy", "forced-greedy"]
 MODES = dict(both=["ntp", "reasoning"], all=["ntp", "reasoning", "empty"],
-             decodings=["ntp", *DECODINGS, "empty"])  # or one alone
+             decodings=["ntp", *DECODINGS, "empty"])
 SHOWN = ("checkpoint", "mode", "accuracy", "low", "high", "split", "n", "seed")  # in the table
 VOTES = {"majority": "reasoning", "forced-majority": "forced"}  # whose rollouts have a vote
 
@@ -135,58 +138,117 @@ def room_after(tokens, what, args):
     return args.max_new_tokens - tokens
 
 
-def think(model, tokenizer, corpus, positions, args, mode="reasoning"):
+def think(model, tokenizer, corpus, positions, args, mode="reasoning", known=None):
     """(n, 3) positions -> a Group of rollouts each; its rewards say which are right.
 
     Every template opens the thought. Mode "empty" closes it at once, with the same prompt and as
-    many tokens, and counts a box only where nothing precedes it.
+    many tokens, and counts a box only where nothing precedes it. Mode "swapped" takes the thoughts
+    of `known`, Groups of the same positions, or samples them first.
     """
     template = template_ids(tokenizer, args.template)
     longest = min(args.max_prompt_tokens, model.config.max_positions - args.max_new_tokens)
     questions = [ask(corpus, tokenizer, position, template, longest) for position in positions]
     extract = box_at_once if mode == "empty" else extract_prediction
     prompts = [question.prompt for question in questions]
+    if mode == "swapped":
+        known = known or think(model, tokenizer, corpus, positions, args)
+        rollouts = behind_thoughts(model, tokenizer, prompts, swap(known, positions), args)
+    else:
+        rollouts = sample_rollouts(model, tokenizer, prompts, args, mode)
     groups = []
-    for question, some in zip(questions, sample_rollouts(model, tokenizer, prompts, args, mode)):
+    for question, some in zip(questions, rollouts):
         predicted = predictions(tokenizer, some, extract)
         right = [prefix_match(prediction, question.truth) for prediction in predicted]
         groups.append(Group(question, some, predicted, right))
     return groups
 
 
+def swap(groups, positions):
+    """-> for each position the rollouts about another one, of another document if there is one."""
+    n, swapped = len(groups), []
+    for i in range(n):
+        others = [(i + n // 2 + step) % n for step in range(n)]
+        foreign = [j for j in others if positions[j][1] != positions[i][1]]
+        swapped.append(groups[(foreign or others)[0]].rollouts)
+    return swapped
+
+
+def behind_thoughts(model, tokenizer, prompts, thoughts, args):
+    """Prompts, and rollouts for each -> these thoughts, each with what the model answers to it."""
+    close = tokenizer.encode("</think>", special=True)
+    answer = min(BOX_TOKENS, room_after(len(close) + 1, "a thought", args))
+    longest = args.max_new_tokens - len(close) - answer
+    given = [[thought_of(tokenizer, rollout)[:longest] + close for rollout in some]
+             for some in thoughts]
+    longer = [prompt + thought for prompt, some in zip(prompts, given) for thought in some]
+    answers = iter(decode_with_bar(model, stop_ids(tokenizer), args, "swapped", longer, 1, answer,
+                                   number=2))
+    groups = []
+    for some in given:
+        rests = [next(answers)[0] for _ in some]
+        groups.append([Rollout(thought + rest.tokens) for thought, rest in zip(some, rests)])
+    return groups
+
+
+def thought_of(tokenizer, rollout):
+    """The tokens of a rollout before its last </think>, or without its end if there is none."""
+    tokens = rollout.tokens[:-1] if rollout.finished else rollout.tokens
+    thought, close, _ = tokenizer.decode_bytes(tokens).rpartition(b"</think>")
+    if not close:
+        return tokens
+    # A token may hold both the end of the thought and the beginning of </think>.
+    ends = itertools.accumulate(len(tokenizer.token_bytes(token)) for token in tokens)
+    return tokens[:sum(end <= len(thought) for end in ends)]
+
+
 def evaluate(checkpoint, corpus, positions, splits, args):
     """One checkpoint on all positions -> lines of results.json."""
     model, tokenizer = load_model(checkpoint, args)
     results, thoughts = [], {}
-    for mode in MODES.get(args.mode, [args.mode]):
-        sampled = VOTES.get(mode, mode)
+    asked = itertools.chain(*(MODES.get(mode, [mode]) for mode in args.mode))
+    for mode in dict.fromkeys(asked):
+        counts, sampled = None, VOTES.get(mode, mode)
         if mode == "ntp":
             # Guessing sees as much context as reasoning.
             longest = min(model.config.max_positions, args.max_prompt_tokens)
             hits = ntp_hits(model, corpus, positions, longest, tokenizer.bos)
-        elif sampled not in thoughts:
-            groups = think(model, tokenizer, corpus, positions, args, sampled)
-            thoughts[sampled] = groups
-            if args.dump:
-                about = dict(checkpoint=checkpoint, mode=sampled)
-                dump(args.dump, [about | in_words(tokenizer, group, 0) for group in groups])
-        if mode in VOTES:
-            hits = majority_hits(thoughts[sampled])
-        for split, i in splits.items():
-            documents = positions[i, 1]
-            part = dict(split=split, corpus=args.corpus, template=args.template,
-                        dtype=args.dtype)
-            if mode == "ntp" or mode in VOTES:
-                line = result(checkpoint, mode, part, hits[i], documents, args.seed)
-            else:
-                counts = {name: values[i] for name, values in count(thoughts[mode]).items()}
-                line = thought_result(checkpoint, mode, part, counts, documents, args)
+        else:
+            if sampled not in thoughts:
+                thoughts[sampled] = think(model, tokenizer, corpus, positions, args, sampled,
+                                          thoughts.get("reasoning"))
+                if args.dump:
+                    about = dict(checkpoint=checkpoint, mode=sampled)
+                    dump(args.dump, [about | in_words(tokenizer, group, 0)
+                                     for group in thoughts[sampled]])
             if mode in VOTES:
-                line |= dict(samples=args.samples, temperature=args.temperature)
-            if "forced" in mode:
-                line["forced"] = args.forced
-            results.append(line)
+                hits = majority_hits(thoughts[sampled])
+            else:
+                counts = count(thoughts[mode])
+                hits = counts["rewards"].mean(axis=1)
+        if args.hits:
+            dump(args.hits, [dict(checkpoint=checkpoint, mode=mode, positions=positions.tolist(),
+                                  hits=hits.tolist())])
+        results += in_splits(checkpoint, mode, hits, counts, positions, splits, args)
     return results
+
+
+def in_splits(checkpoint, mode, hits, counts, positions, splits, args):
+    """(n,) hits, and counts of the thoughts or None -> a line of results.json for each split."""
+    lines = []
+    for split, i in splits.items():
+        documents = positions[i, 1]
+        part = dict(split=split, corpus=args.corpus, template=args.template, dtype=args.dtype)
+        if counts is None:
+            line = result(checkpoint, mode, part, hits[i], documents, args.seed)
+        else:
+            some = {name: values[i] for name, values in counts.items()}
+            line = thought_result(checkpoint, mode, part, some, documents, args)
+        if mode in VOTES:
+            line |= dict(samples=args.samples, temperature=args.temperature)
+        if "forced" in mode:
+            line["forced"] = args.forced
+        lines.append(line)
+    return lines
 
 
 # ---- counting ----
@@ -329,19 +391,20 @@ def fill_in_length(args):
 
 
 def check_paths(args, corpus=None):
-    """Look at every path before hours of work; make the folders of --out and --dump."""
+    """Look at every path before hours of work; make the folders of those to be written."""
     for checkpoint in args.checkpoints:
         tokenizer = Tokenizer.load(checkpoint, for_model=True)
         check_weights(checkpoint)
         if corpus:
             corpus.check(tokenizer, checkpoint)
-    for path in filter(None, (args.out, args.dump)):
+    dumps = [path for path in (args.dump, getattr(args, "hits", None)) if path]
+    for path in filter(None, (args.out, *dumps)):
         folder = os.path.dirname(path) or "."
         os.makedirs(folder, exist_ok=True)
         if os.path.isdir(path) or not os.access(folder, os.W_OK):
             raise ValueError(f"{path}: cannot be written; choose another file")
-    if args.dump:
-        other_lines(args.dump, [])
+    for path in dumps:
+        other_lines(path, [])
 
 
 def evaluate_each(evaluate, show, what, asked, args, results=()):
@@ -370,8 +433,10 @@ def parse_args():
         help="folder written by data/prepare.py and scored by data/filter.py")
     add("--proxy",
         help="checkpoint whose entropies split the positions; default: the only one there is")
-    add("--mode", default="both", choices=["ntp", *DECODINGS, "empty", *MODES],
-        help="both: ntp and reasoning; all: empty thoughts too; decodings: every mode")
+    add("--mode", default=["both"], nargs="+",
+        choices=["ntp", *DECODINGS, "empty", "swapped", *MODES],
+        help="one or several; both: ntp and reasoning; all: empty thoughts too; decodings: all but "
+             "swapped")
     add("--forced", type=flags.at_least(1), default=1, metavar="K",
         help="modes that are forced: </think> is not allowed among the first K tokens")
     add("--positions", type=flags.at_least(1), default=200,
@@ -380,6 +445,9 @@ def parse_args():
         help=f"how it is asked (data/prompt.py): {', '.join(TEMPLATES)}")
     add("--max-prompt-tokens", type=flags.at_least(1), default=4096,
         help="longer contexts lose their beginning")
+    add("--hits", metavar="FILE",
+        help="add a line for each checkpoint and mode to this file: the share of thoughts that is "
+             "right at each position")
     add("--beside", metavar="FILE",
         help="results.json of other checkpoints on the same positions, to show and keep first")
     add_thought_flags(add, "position")

@@ -38,7 +38,8 @@ DASHED = {  # metric: (the share that is drawn over it as a thin dashed line, it
 }
 SPLITS = ["easy", "medium", "hard"]
 BEST = "best other decoding"                     # of the modes that have no name of their own
-MODES = {"ntp": "NTP", "empty": "empty thought", "reasoning": "reasoning", "majority": BEST,
+MODES = {"ntp": "NTP", "empty": "empty thought", "swapped": "another's thought",
+         "reasoning": "reasoning", "majority": BEST,
          "forced": BEST, "forced-majority": BEST, "greedy": BEST, "forced-greedy": BEST}
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe-Ito
 GREY = "#777777"  # small print

@@ -67,7 +67,10 @@ def make_example(prompt, text, weights):
 
 
 def read_strings(path, config):
-    """Think/answer strings, one {"prompt": ids, "response": ids} a line -> [Example]."""
+    """Think/answer strings, one {"prompt": ids, "response": ids} a line -> [Example].
+
+    Lines with the same prompt that follow each other are one Example, which computes it once.
+    """
     examples = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -80,7 +83,11 @@ def read_strings(path, config):
             if length > config.max_positions:
                 raise ValueError(f"{path} line {number}: {length} tokens, but the model has "
                                  f"{config.max_positions} positions")
-            examples.append(make_example(prompt, response, [1.0] * len(response)))
+            if not examples or examples[-1].prompt != prompt:
+                examples.append(Example(prompt, [], [], []))
+            examples[-1].rollouts.append(response)
+            examples[-1].advantages.append([1.0] * len(response))
+            examples[-1].logprobs.append([0.0] * len(response))
     return examples
 
 
@@ -193,7 +200,7 @@ def parse_args():
     add("--proxy", help="--entropy-threshold: whose entropies; default: the only one there is")
     add("--documents-per-step", type=at_least(0), default=48, help="documents in an update")
     add("--strings-per-step", type=at_least(0), default=48,
-        help="strings in an update, if there are any")
+        help="prompts of --strings in an update, each with all of its strings")
     add("--max-tokens", type=at_least(2), default=256,
         help="tokens of a document; a longer one gives a random window of this size")
     add("--problem-weight", type=at_least(0, float), default=1.0,
@@ -235,8 +242,8 @@ if __name__ == "__main__":
     run.open(model, optimizer)
     # A new run has no cursor, and neither has a checkpoint of an older version.
     run.cursor = lessons.cursor_at(run.step) | (run.cursor or {})
-    parallel.print0(f"{parameters:,} parameters, {len(lessons.documents):,} documents, "
-                    f"{len(lessons.strings):,} strings, steps {run.step} to {args.steps}")
+    parallel.print0(f"{parameters:,} parameters, {len(lessons.documents):,} documents, strings "
+                    f"for {len(lessons.strings):,} prompts, steps {run.step} to {args.steps}")
 
     bar = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, desc="ntp",
                disable=parallel.NO_BAR)
@@ -247,7 +254,7 @@ if __name__ == "__main__":
             group["lr"] = lr
         # All ranks make the same examples, and each packs its share of them.
         examples = lessons.examples(step, run.cursor)
-        total_weight = sum(sum(example.advantages[0]) for example in examples) or 1
+        total_weight = sum(sum(map(sum, example.advantages)) for example in examples) or 1
         mine = examples[parallel.share(len(examples))]
         batches = pack(mine, args.tokens_per_micro_batch, device)
         loss, grad_norm = ntp_update(model, optimizer, batches, total_weight, args.grad_clip)

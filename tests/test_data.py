@@ -17,9 +17,10 @@ from data.questions import read_questions
 from data.sums import ANSWERS, STEPS, write_document
 from data.tokenizer import Tokenizer
 from data.toy import think, think_string
-from data.warmstart import candidate_string
+from data.warmstart import draft_string
 from model import GPT
-from reward import extract_prediction, prefix_match
+from reward import extract_prediction
+from sample import Rollout
 from tiny import base, corpus, run_here, tiny_model
 
 
@@ -450,43 +451,68 @@ def test_the_same_seed_writes_the_same_corpus(tmp_path):
 
 # ---- strings ----
 
-def test_every_string_ends_with_eos_and_earns_the_reward(corpus, base, tmp_path):
-    code, out, err = run_here("data/warmstart.py", "--corpus", corpus.folder, "--proxy", base,
-                              "--template", "short", "--count", 60, "--entropy-threshold", 0,
-                              "--out", tmp_path / "strings.jsonl")
-    assert (code, err) == (0, "") and "60 strings written" in out
+def draft(corpus, base, out, *flags):
+    code, printed, err = run_here("data/warmstart.py", "--corpus", corpus.folder, "--proxy", base,
+                                  "--template", "short", "--count", 20, "--entropy-threshold", 0,
+                                  "--out", out, *flags)
+    assert (code, err) == (0, "") and "strings written" in printed
+    return [json.loads(line) for line in out.open()]
+
+
+def test_a_greedy_draft_is_what_the_model_finds_likeliest_and_its_first_token_is_boxed(
+        corpus, base, tmp_path):
+    """The oracle is a loop of whole forward passes over the context, which no truth enters."""
+    records = draft(corpus, base, tmp_path / "s.jsonl", "--temperature", 0, "--draft-tokens", 4)
+    model, tokenizer = GPT.from_pretrained(base), Tokenizer.load(base)
+    close = tokenizer.encode("</think>", special=True)
+    assert 15 <= len(records) <= 20
+    for record in records:
+        ids = record["prompt"][:-1]                              # <think> is one token here
+        assert record["prompt"][-1:] == tokenizer.encode("<think>", special=True)
+        drafted = []
+        while len(drafted) < 4:
+            with torch.no_grad():
+                drafted.append(int(model(torch.tensor([ids + drafted]))[0, -1].argmax()))
+            if drafted[-1] in stop_ids(tokenizer):
+                drafted.pop()
+                break
+        response = record["response"]
+        assert response[:len(drafted)] == drafted
+        assert response[len(drafted):len(drafted) + len(close)] == close
+        assert response[-1] == tokenizer.eos_id
+        text = tokenizer.decode_bytes(response)
+        assert record["text"].encode() == text
+        assert extract_prediction(text) == tokenizer.token_bytes(drafted[0])
+
+
+def test_drafts_of_a_position_differ_and_lie_side_by_side(corpus, base, tmp_path):
+    records = draft(corpus, base, tmp_path / "s.jsonl", "--drafts", 5, "--temperature", 1.5)
+    prompts = [tuple(record["prompt"]) for record in records]
+    runs = [prompt for i, prompt in enumerate(prompts) if i == 0 or prompt != prompts[i - 1]]
+    assert len(runs) == len(set(prompts)) <= 20 and len(records) > 60
+    assert len({tuple(record["response"]) for record in records}) > 40
+    again = draft(corpus, base, tmp_path / "again.jsonl", "--drafts", 5, "--temperature", 1.5)
+    assert again == records
+
+
+def test_no_string_is_made_of_a_draft_that_no_box_can_hold(base):
     tokenizer = Tokenizer.load(base)
-    truths = {}
-    for t, start, end in load_positions(corpus, find_scores(corpus), 0, "train"):
-        truth = [tokenizer.token_bytes(int(id)) for id in corpus.tokens[t:end]]
-        truths[tuple(corpus.tokens[start:t])] = truth
-    for record in map(json.loads, (tmp_path / "strings.jsonl").open()):
-        truth = truths[tuple(record["prompt"][:-1])]
-        text = tokenizer.decode_bytes(record["response"])
-        assert record["response"][-1] == tokenizer.eos_id and record["text"].encode() == text
-        prediction = extract_prediction(text)
-        assert prediction == truth[0] and prefix_match(prediction, truth) == 1.0
-        candidates = record["text"].split("It may go on with ")[1].split("Most likely")[0]
-        assert json.dumps(truth[0].decode()) in candidates
+    a, brace, half = (tokenizer.ranks[raw] for raw in (b"a", b"}", b"\xc3"))
+    eos = tokenizer.eos_id
+    assert draft_string(tokenizer, Rollout([eos], finished=True)) is None
+    assert draft_string(tokenizer, Rollout([brace, a])) is None
+    ended, cut, bytes_ = (draft_string(tokenizer, rollout)["response"] for rollout in (
+        Rollout([a, eos], finished=True), Rollout([a, a]), Rollout([half, a])))
+    form = tokenizer.encode(r"</think>\boxed{", special=True)
+    assert ended == [a, *form, a, *tokenizer.encode("}"), eos]
+    assert cut == [a, a, *form, a, *tokenizer.encode("}"), eos]
+    assert extract_prediction(tokenizer.decode_bytes(bytes_)) == b"\xc3"
 
 
-def test_a_string_boxes_the_truth_or_is_not_written(base):
-    model, tokenizer = GPT.from_pretrained(base), Tokenizer.load(base)
-    context = tokenizer.encode("Problem: Mia works out 3+4")
-
-    for raw in (b"{", b"\\", b" ", b"\n", b'"', b"e", b"}", b"\xc3"):
-        truth = tokenizer.ranks[raw]
-        string = candidate_string(random.Random(0), model, tokenizer, context, truth, ([], [1]), 99)
-        if raw in (b"}", b"\xc3"):  # fits no box; no text
-            assert string is None
-        else:
-            assert extract_prediction(string["text"].encode()) == raw
-
-
-def test_a_string_fits_into_the_models_positions(base):
-    model, tokenizer = GPT.from_pretrained(base), Tokenizer.load(base)
-    context = tokenizer.encode("Problem: Mia works out 3+4 " * 40)
-    truth, template = context[0], ([7, 8], [9])
-    string = candidate_string(random.Random(0), model, tokenizer, context, truth, template, 512)
-    assert len(string["prompt"] + string["response"]) == model.config.max_positions
-    assert string["prompt"][:2] == [7, 8] and string["prompt"][-2:] == [context[-1], 9]
+def test_a_string_fits_into_the_models_positions(corpus, base, tmp_path):
+    positions, tokenizer = GPT.from_pretrained(base).config.max_positions, Tokenizer.load(base)
+    long = positions - len(tokenizer.encode(r"</think>\boxed{", special=True)) - 12
+    # A token in the box, a brace, the end of the text: 9 are left for the prompt.
+    for flags in (("--draft-tokens", long), ("--max-prompt-tokens", 9, "--draft-tokens", 3)):
+        records = draft(corpus, base, tmp_path / "s.jsonl", *flags)
+        assert max(len(record["prompt"]) for record in records) == 9

@@ -75,8 +75,8 @@ def test_pass_at_k_counts_positions_accuracy_rollouts_and_hits_of_several_tokens
         boxes = read_boxes(tokenizer, [SimpleNamespace(tokens=content) for content in contents])
         groups.append(Group(Question([], truth, [], 0), rollouts, boxes, right))
     monkeypatch.setattr(evaluation, "think", lambda *_: groups)
-    args = SimpleNamespace(device="cpu", dtype=None, mode="reasoning", seed=0, samples=4, temperature=1.0,
-                           dump=None, corpus="C", template="short")
+    args = SimpleNamespace(device="cpu", dtype=None, mode=["reasoning"], seed=0, samples=4,
+                           temperature=1.0, dump=None, hits=None, corpus="C", template="short")
     positions = np.array([[9, 0, 20], [12, 0, 20], [30, 20, 40]])
     line, = evaluation.evaluate(base, corpus, positions, {"easy": [0, 1, 2]}, args)
     assert (line["accuracy"], line["pass_at_k"], line["format_rate"]) == (33.33, 66.67, 75.0)

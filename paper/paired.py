@@ -1,0 +1,138 @@
+"""Differences of two ways to predict, on the same positions: what RPT changed, and where.
+
+    python eval.py lm --corpus C --checkpoints BASE RPT --mode ntp reasoning --hits hits.jsonl ...
+    python paper/paired.py hits.jsonl --corpus C --against BASE ntp
+
+For each checkpoint and mode: its accuracy, and by how much that is above the accuracy of --against
+(a checkpoint and a mode of it), with a 95 % bootstrap interval over documents. Both answer the
+same positions, so what makes a position easy or hard for both cancels, and the interval is narrower
+than those of two accuracies. Then the same by entropy, and by the kind of the true token:
+
+    number         has a digit
+    word start     begins with a letter, or with white space and a letter, where no word goes on
+    inside a word  a letter that continues a word
+    symbol         all else: operators, brackets, white space
+"""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+if __name__ == "__main__":  # the repository, not paper/, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from data.corpus import load_corpus
+from data.positions import SPLITS, find_scores
+from data.tokenizer import Tokenizer
+from plumbing import flags
+
+RESAMPLES = 10_000
+BINS = [0.5, 1.0, 1.5, 2.0, np.inf]    # nats
+KINDS = ["number", "word start", "inside a word", "symbol"]
+
+
+def read_hits(path):
+    """--hits of eval.py -> positions (n, 3), {(checkpoint, mode): (n,) shares that are right}."""
+    positions, hits = None, {}
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+                name, found = (record["checkpoint"], record["mode"]), np.array(record["positions"])
+                values = np.array(record["hits"], dtype=float)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} line {number}: not what eval.py --hits writes "
+                                 f"({error!r})") from None
+            if positions is not None and not np.array_equal(positions, found):
+                raise ValueError(f"{path} line {number}: other positions than in line 1; evaluate "
+                                 "with the same --corpus, --positions and --seed")
+            positions, hits[name] = found, values
+    if not hits:
+        raise ValueError(f"{path}: no line in it")
+    return positions, hits
+
+
+def difference(first, second, documents, seed=0):
+    """(n,) values of each, and documents -> mean of first - second, and its 95 % interval."""
+    _, document = np.unique(documents, return_inverse=True)
+    sums, counts = np.bincount(document, weights=first - second), np.bincount(document)
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return (first - second).mean(), low, high
+
+
+def kind_of(before, token):
+    """Bytes of the text before a token, and of the token -> one of KINDS."""
+    before = before.decode("utf-8", "replace")
+    text = token.decode("utf-8", "replace")
+    word = text.lstrip()
+    if any(letter.isdigit() for letter in text):
+        return "number"
+    if not word[:1].isalpha():
+        return "symbol"
+    continues = word == text and before[-1:].isalpha()
+    return "inside a word" if continues else "word start"
+
+
+def groups_of(corpus, tokenizer, scores, positions):
+    """-> {name of a group: (n,) whether each position is in it}: by difficulty, entropy, kind."""
+    entropy = np.load(scores, mmap_mode="r")[positions[:, 0], 0]
+    groups = {f"{name} > {nats}": entropy > nats for name, nats in SPLITS.items()}
+    for low, high in zip(BINS, BINS[1:]):
+        name = f"above {low} nats" if high == np.inf else f"{low} to {high} nats"
+        groups[name] = (entropy > low) & (entropy <= high)
+    kinds = []
+    for t, start, _ in positions:
+        before = tokenizer.decode_bytes(corpus.tokens[max(start, t - 4):t].tolist())
+        kinds.append(kind_of(before, tokenizer.token_bytes(int(corpus.tokens[t]))))
+    return groups | {kind: np.array(kinds) == kind for kind in KINDS}
+
+
+def table(hits, groups, documents, against):
+    """-> rows of Markdown: accuracy and difference of each checkpoint and mode, in percent."""
+    sizes = {name: some.sum() for name, some in groups.items()}
+    groups = {name: some for name, some in groups.items() if sizes[name]}
+    rows = ["| checkpoint | mode | " + " | ".join(f"{g} (n = {sizes[g]})" for g in groups) + " |",
+            "|---|---|" + "---|" * len(groups)]
+    for name, values in hits.items():
+        cells = []
+        for some in groups.values():
+            cell = f"{100 * values[some].mean():.1f}"
+            if name != against:
+                gained = difference(values[some], hits[against][some], documents[some])
+                cell += " ({:+.1f} [{:+.1f}, {:+.1f}])".format(*(100 * x for x in gained))
+            cells.append(cell)
+        rows.append(f"| {' | '.join([*name, *cells])} |")
+    return rows
+
+
+def parse_args():
+    parser = flags.Parser("Paired differences of checkpoints and modes on the same positions.")
+    add = parser.add_argument
+    add("hits", help="file that eval.py --hits has written")
+    add("--corpus", required=True, help="folder of the text that was evaluated on")
+    add("--proxy", help="checkpoint whose entropies sort the positions; default: the only one")
+    add("--against", nargs=2, metavar=("CHECKPOINT", "MODE"),
+        help="what the others are compared with; default: the first line of the file")
+    add("--by", default="difficulty", choices=["difficulty", "entropy", "kind"],
+        help="how positions are grouped")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.excepthook = flags.speak_once
+    args = parse_args()
+    positions, hits = read_hits(args.hits)
+    against = tuple(args.against) if args.against else next(iter(hits))
+    if against not in hits:
+        known = ", ".join(" ".join(name) for name in hits)
+        raise ValueError(f"--against {' '.join(against)}: {args.hits} has {known}")
+    corpus = load_corpus(args.corpus)
+    tokenizer = Tokenizer.load(f"{args.corpus}/tokenizer")
+    groups = groups_of(corpus, tokenizer, find_scores(corpus, args.proxy), positions)
+    names = dict(difficulty=list(groups)[:3], entropy=list(groups)[3:-4], kind=KINDS)[args.by]
+    chosen = {name: groups[name] for name in names}
+    print(f"accuracy in percent (above {' '.join(against)} [95 % interval]), "
+          f"{len(np.unique(positions[:, 1]))} documents\n")
+    print("\n".join(table(hits, chosen, positions[:, 1], against)))
