@@ -1,12 +1,13 @@
 """Differences of two ways to predict, on the same positions: what RPT changed, and where.
 
     python eval.py lm --corpus C --checkpoints BASE RPT --mode ntp reasoning --hits hits.jsonl ...
-    python paper/paired.py hits.jsonl --corpus C --against BASE ntp
+    python paper/paired.py hits.jsonl --corpus C --against BASE ntp --out paired.md
 
 For each checkpoint and mode: its accuracy, and by how much that is above the accuracy of --against
 (a checkpoint and a mode of it), with a 95 % bootstrap interval over documents. Both answer the
 same positions, so what makes a position easy or hard for both cancels, and the interval is narrower
-than those of two accuracies. Then the same by entropy, and by the kind of the true token:
+than those of two accuracies. Positions are grouped as in eval.py (easy, medium, hard: nested), by
+entropy, and by the kind of the true token:
 
     number         has a digit
     word start     begins with a letter, or with white space and a letter, where no word goes on
@@ -25,6 +26,7 @@ from data.corpus import load_corpus
 from data.positions import SPLITS, find_scores
 from data.tokenizer import Tokenizer
 from plumbing import flags
+from plumbing.files import write
 
 RESAMPLES = 10_000
 BINS = [0.5, 1.0, 1.5, 2.0, np.inf]    # nats
@@ -75,18 +77,17 @@ def kind_of(before, token):
     return "inside a word" if continues else "word start"
 
 
-def groups_of(corpus, tokenizer, scores, positions):
-    """-> {name of a group: (n,) whether each position is in it}: by difficulty, entropy, kind."""
+def groupings(corpus, tokenizer, scores, positions):
+    """-> three {name of a group: (n,) whether each position is in it}."""
     entropy = np.load(scores, mmap_mode="r")[positions[:, 0], 0]
-    groups = {f"{name} > {nats}": entropy > nats for name, nats in SPLITS.items()}
-    for low, high in zip(BINS, BINS[1:]):
-        name = f"above {low} nats" if high == np.inf else f"{low} to {high} nats"
-        groups[name] = (entropy > low) & (entropy <= high)
+    yield {f"{name} > {nats}": entropy > nats for name, nats in SPLITS.items()}
+    yield {f"{low} to {high} nats".replace("to inf", "or more"): (entropy > low) & (entropy <= high)
+           for low, high in zip(BINS, BINS[1:])}
     kinds = []
     for t, start, _ in positions:
         before = tokenizer.decode_bytes(corpus.tokens[max(start, t - 4):t].tolist())
         kinds.append(kind_of(before, tokenizer.token_bytes(int(corpus.tokens[t]))))
-    return groups | {kind: np.array(kinds) == kind for kind in KINDS}
+    yield {kind: np.array(kinds) == kind for kind in KINDS}
 
 
 def table(hits, groups, documents, against):
@@ -115,8 +116,7 @@ def parse_args():
     add("--proxy", help="checkpoint whose entropies sort the positions; default: the only one")
     add("--against", nargs=2, metavar=("CHECKPOINT", "MODE"),
         help="what the others are compared with; default: the first line of the file")
-    add("--by", default="difficulty", choices=["difficulty", "entropy", "kind"],
-        help="how positions are grouped")
+    add("--out", help="also write the tables here")
     return parser.parse_args()
 
 
@@ -130,9 +130,11 @@ if __name__ == "__main__":
         raise ValueError(f"--against {' '.join(against)}: {args.hits} has {known}")
     corpus = load_corpus(args.corpus)
     tokenizer = Tokenizer.load(f"{args.corpus}/tokenizer")
-    groups = groups_of(corpus, tokenizer, find_scores(corpus, args.proxy), positions)
-    names = dict(difficulty=list(groups)[:3], entropy=list(groups)[3:-4], kind=KINDS)[args.by]
-    chosen = {name: groups[name] for name in names}
-    print(f"accuracy in percent (above {' '.join(against)} [95 % interval]), "
-          f"{len(np.unique(positions[:, 1]))} documents\n")
-    print("\n".join(table(hits, chosen, positions[:, 1], against)))
+    scores, documents = find_scores(corpus, args.proxy), positions[:, 1]
+    words = [f"Accuracy in percent (above {' '.join(against)} [95 % interval]), "
+             f"{len(np.unique(documents))} documents"]
+    for groups in groupings(corpus, tokenizer, scores, positions):
+        words += ["", *table(hits, groups, documents, against)]
+    print("\n".join(words))
+    if args.out:
+        write(args.out, "\n".join(words) + "\n")

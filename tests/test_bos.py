@@ -163,7 +163,7 @@ def test_training_windows_have_it_and_no_loss_on_it(parts):
 
 @pytest.mark.parametrize("command", [
     "data/warmstart.py --corpus {corpus} --proxy {base} --template short --count 9 "
-    "--entropy-threshold 0 --out {out}/strings.jsonl",
+    "--entropy-threshold 0 --draft-tokens 1 --out {out}/strings.jsonl",
     "train_ntp.py --corpus {corpus} --init {base} --steps 1 --documents-per-step 9 --out-dir {out}",
     "eval.py lm --corpus {corpus} --checkpoints {base} --mode ntp --positions 9 "
     "--max-prompt-tokens 9",

@@ -26,7 +26,8 @@ HELP = {  # what a reader looks for: the unit, and what happens without the flag
     "data/toy.py": ["problems with solutions (default: "],
     "data/prepare.py": ["checkpoint folder with a tokenizer.json, a tiktoken name (gpt2), or embedded"],
     "data/filter.py": ["this many documents of each split; 0: all (default: 0)"],
-    "data/warmstart.py": ["only positions above this entropy, nats (default: 0.5)", "cannot be boxed get no string (default: 2000)"],
+    "data/warmstart.py": ["only positions above this entropy, nats (default: 0.5)", "0: a single, greedy one",
+                          "length of a draft (default: 10)"],
 }
 
 
@@ -171,7 +172,7 @@ BAD_NUMBERS = [
     ("eval.py", "0", "positions samples max-new-tokens max-rows"),
     ("eval.py", "-1 nan", "temperature"),
     ("data/filter.py", "-1", "documents"),
-    ("data/warmstart.py", "0", "count max-prompt-tokens"),
+    ("data/warmstart.py", "0", "count max-prompt-tokens drafts draft-tokens"),
 ]
 
 

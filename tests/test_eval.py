@@ -15,8 +15,8 @@ from model import GPT
 from objectives import Group, Question
 from objectives.rpt import predictions as read_boxes
 from reward import extract_prediction, prefix_match
-from sample import generate
-from tiny import base, corpus, run_here, tiny_model
+from sample import Rollout, generate
+from tiny import base, corpus, run_here, thinker, tiny_model
 
 
 def box(content):
@@ -208,7 +208,7 @@ def test_lines_beside_come_first_and_have_to_be_about_the_same_positions(corpus,
     ("decodings", ["ntp", "reasoning", "majority", "forced", "forced-majority", "greedy",
                    "forced-greedy", "empty"]), ("majority", ["majority"]),
     ("ntp", ["ntp"]), ("empty", ["empty"]), ("both", ["ntp", "reasoning"]),
-    ("all", ["ntp", "reasoning", "empty"])])
+    ("all", ["ntp", "reasoning", "empty"]), ("swapped", ["swapped"])])
 def test_a_mode_means_what_it_says_and_dumps_say_which_it_was(corpus, base, tmp_path, asked, modes):
     code, out, err = run_here("eval.py", "lm", "--corpus", corpus.folder, "--checkpoints", base,
                               "--mode", asked, "--positions", 3, "--template", "short",
@@ -357,3 +357,58 @@ def test_no_hit_in_100_is_no_certainty_of_zero():
     none = interval(np.zeros(200), np.arange(200) // 2, seed=0)
     assert none == pytest.approx([0, 0.03699], abs=1e-5)
     assert interval(np.ones(10), np.arange(10), seed=0) == pytest.approx([0.72246, 1], abs=1e-5)
+
+
+# ---- thoughts of others ----
+
+def test_a_swapped_thought_comes_from_another_document_and_is_answered_anew(corpus, thinker, tmp_path):
+    code, _, err = run_here("eval.py", "lm", "--corpus", corpus.folder, "--checkpoints", thinker,
+                            "--mode", "reasoning", "swapped", "--positions", 8, "--template", "short",
+                            "--max-new-tokens", 24, "--dump", tmp_path / "dump.jsonl")
+    assert (code, err) == (0, "")
+    records = [json.loads(line) for line in (tmp_path / "dump.jsonl").read_text().splitlines()]
+    own, swapped = ({r["context"]: r["response"] for r in records if r["mode"] == mode}
+                    for mode in ("reasoning", "swapped"))
+    thoughts = [response.split("</think>")[0] for response in own.values()]
+    others = [response.split("</think>")[0] for response in swapped.values()]
+    assert own.keys() == swapped.keys() and set(others) <= set(thoughts) != {""}
+    assert thoughts != others and all("</think>" in response for response in swapped.values())
+
+
+def test_swap_takes_another_document_if_there_is_one():
+    groups = [SimpleNamespace(rollouts=i) for i in range(5)]
+    documents = [0, 0, 7, 0, 9]
+    swapped = evaluation.swap(groups, [(i, start, 99) for i, start in enumerate(documents)])
+    assert all(documents[j] != documents[i] for i, j in enumerate(swapped))
+    assert evaluation.swap(groups[:2], [(0, 0, 9), (1, 0, 9)]) == [1, 0]
+    assert evaluation.swap(groups[:1], [(0, 0, 9)]) == [0]
+
+
+def test_a_thought_ends_where_its_last_close_begins():
+    pieces = [b"a", b"b</", b"think", b">", b" c", b"</think>", b"<end>"]
+    tokenizer = SimpleNamespace(token_bytes=lambda i: pieces[i],
+                                decode_bytes=lambda ids: b"".join(pieces[i] for i in ids))
+    for tokens, finished, thought in (([0, 0, 1, 2, 3, 4], False, [0, 0]), ([0, 4, 5, 4, 6], True, [0, 4]),
+                                      ([0, 5, 4, 5, 0], False, [0, 5, 4]), ([0, 4, 6], True, [0, 4]),
+                                      ([5, 0], False, []), ([0, 4], False, [0, 4])):
+        assert evaluation.thought_of(tokenizer, Rollout(tokens, finished=finished)) == thought
+
+
+def test_a_box_that_copies_its_thought_copies_that_of_the_other(monkeypatch):
+    """A stand-in for the model: it boxes the first token of the thought that it is given."""
+    args = sampling_args(max_new_tokens=20)
+    tokenizer = Tokenizer.load("embedded")
+    close = tokenizer.encode("</think>", special=True)
+    box, end = tokenizer.encode(r"\boxed{"), tokenizer.encode("}")
+
+    def answer(model, ends, args, mode, longer, n, max_new_tokens, number=0, banned=()):
+        assert n == 1 and all(prompt[-len(close):] == close for prompt in longer)
+        return [[Rollout(box + [prompt[2]] + end)] for prompt in longer]
+
+    monkeypatch.setattr(evaluation, "decode_with_bar", answer)
+    digits = [tokenizer.ranks[b"%d" % i] for i in range(4)]
+    thoughts = [[Rollout([digits[i], digits[0]]), Rollout([digits[i + 1]])] for i in (2, 1)]
+    prompts = [[digits[0], digits[1]]] * 2                              # two tokens each
+    groups = evaluation.behind_thoughts(None, tokenizer, prompts, thoughts, args)
+    assert [[extract_prediction(tokenizer.decode_bytes(rollout.tokens)) for rollout in some]
+            for some in groups] == [[b"2", b"3"], [b"1", b"2"]]

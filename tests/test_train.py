@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from data.positions import shuffled
+from model import GPT
 from objectives import Base, Group, Question
 from plumbing import parallel
 from plumbing.batch import Example, cut, pack, split
@@ -17,8 +19,8 @@ from plumbing.checkpoint import cut_log
 from plumbing.log import RolloutBar, StepLog, in_numbers, rollout_metrics, step_line
 from plumbing.optimizer import make_optimizer
 from sample import Rollout
-from tiny import ntp_step
-from train_ntp import document_examples, learning_rate
+from tiny import base, corpus, ntp_step, run_here, write_lines
+from train_ntp import document_examples, learning_rate, read_strings
 from train_rpt import check_prompts_fit, group_advantages, policy_loss, policy_update
 
 TEMPERATURE = 0.8
@@ -395,6 +397,27 @@ def test_a_long_document_gives_every_window_and_the_weights_move_with_it():
     [example] = document_examples(corpus, [0], 7, 50, 0.2, np.random.default_rng(0))
     assert example.prompt + example.rollouts[0] == [*range(100, 110), 7]
     assert example.advantages == [[0.2] * 3 + [1.0] * 7]
+
+
+def test_strings_of_a_prompt_share_it_and_each_of_their_tokens_counts_the_same(corpus, base, tmp_path):
+    """The oracle is a forward pass over each string alone."""
+    lines = [([5, 6, 7], [8, 9]), ([5, 6, 7], [9, 8, 4]), ([5, 6], [9]), ([5, 6, 7], [3, 2])]
+    path = write_lines(tmp_path / "strings.jsonl", *(dict(prompt=p, response=r) for p, r in lines))
+    examples = read_strings(path, SimpleNamespace(vocab_size=99, max_positions=99))
+    assert [(e.prompt, e.rollouts) for e in examples] == [
+        ([5, 6, 7], [[8, 9], [9, 8, 4]]), ([5, 6], [[9]]), ([5, 6, 7], [[3, 2]])]
+    code, out, err = run_here("train_ntp.py", "--corpus", corpus.folder, "--init", base, "--strings", path,
+                              "--documents-per-step", 0, "--strings-per-step", 3, "--steps", 1,
+                              "--out-dir", tmp_path / "run")
+    assert (code, err) == (0, "") and "strings for 3 prompts" in out
+    model, losses = GPT.from_pretrained(base), []
+    for prompt, response in lines:
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + response]))[0, len(prompt) - 1:-1]
+        losses += F.cross_entropy(logits, torch.tensor(response), reduction="none").tolist()
+    metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert metrics["loss"] == pytest.approx(sum(losses) / 8, rel=1e-5)
+    assert metrics["tokens"] == 3 + 5 + 2 + 1 + 3 + 2
 
 
 def test_the_learning_rate_rises_stays_and_ends_near_zero():
