@@ -8,7 +8,8 @@ hard are entropy > 0.5, 1.0 and 1.5 nats, nested. Every checkpoint answers the s
     reasoning   K sampled thoughts with a prediction: mean accuracy, and pass@K (any of the K right)
     empty       the rollout begins with </think>, and only a box that comes at once counts: a
                 control that measures what the thought adds
-    swapped     the thought is one that was sampled about another position: does the box follow it?
+    swapped     the thought is one that was sampled about another position, a single one: does the
+                box follow it?
     forced      </think> is not allowed among the first --forced tokens
     greedy      the most probable token at each place: one thought
     majority    what most of the K thoughts predict, which counts as one prediction
@@ -164,30 +165,25 @@ def think(model, tokenizer, corpus, positions, args, mode="reasoning", known=Non
 
 
 def swap(groups, positions):
-    """-> for each position the rollouts about another one, of another document if there is one."""
+    """-> for each position the first thought about another one, if it can be of another document."""
     n, swapped = len(groups), []
     for i in range(n):
         others = [(i + n // 2 + step) % n for step in range(n)]
         foreign = [j for j in others if positions[j][1] != positions[i][1]]
-        swapped.append(groups[(foreign or others)[0]].rollouts)
+        swapped.append(groups[(foreign or others)[0]].rollouts[0])
     return swapped
 
 
-def behind_thoughts(model, tokenizer, prompts, thoughts, args):
-    """Prompts, and rollouts for each -> these thoughts, each with what the model answers to it."""
+def behind_thoughts(model, tokenizer, prompts, rollouts, args):
+    """Prompts, and a rollout for each -> its thought, with what the model answers behind it."""
     close = tokenizer.encode("</think>", special=True)
     answer = min(BOX_TOKENS, room_after(len(close) + 1, "a thought", args))
     longest = args.max_new_tokens - len(close) - answer
-    given = [[thought_of(tokenizer, rollout)[:longest] + close for rollout in some]
-             for some in thoughts]
-    longer = [prompt + thought for prompt, some in zip(prompts, given) for thought in some]
-    answers = iter(decode_with_bar(model, stop_ids(tokenizer), args, "swapped", longer, 1, answer,
-                                   number=2))
-    groups = []
-    for some in given:
-        rests = [next(answers)[0] for _ in some]
-        groups.append([Rollout(thought + rest.tokens) for thought, rest in zip(some, rests)])
-    return groups
+    given = [thought_of(tokenizer, rollout)[:longest] + close for rollout in rollouts]
+    longer = [prompt + thought for prompt, thought in zip(prompts, given)]
+    answers = decode_with_bar(model, stop_ids(tokenizer), args, "swapped", longer, 1, answer,
+                              number=2)
+    return [[Rollout(thought + rest.tokens)] for thought, [rest] in zip(given, answers)]
 
 
 def thought_of(tokenizer, rollout):

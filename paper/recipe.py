@@ -30,7 +30,7 @@ STRINGS = 4
 MICRO_BATCH = dict(cpu=2048, cuda=16384)   # tokens
 TEXT = "--corpus {run}/corpus --dtype {dtype} --seed {seed} "
 ASK = "--template short --max-prompt-tokens 128 "
-DRAFT = ("data/warmstart.py --proxy {model} " + TEXT + ASK + "--device {device} --count {count} ")
+DRAFT = "data/warmstart.py --proxy {model} " + TEXT + ASK + "--device {device} --count {count} "
 NTP = "train_ntp.py " + TEXT + "--tokens-per-micro-batch {tokens} --resume "
 WARM = (NTP + "--init {model} --documents-per-step 0 --strings-per-step {strings} "
         "--steps {draft_steps} --lr 1e-4 --warmup-steps 4 ")
@@ -39,8 +39,8 @@ RPT = ("train_rpt.py " + TEXT + ASK + "--entropy-threshold 0.5 --max-new-tokens 
        "--tokens-per-micro-batch {tokens} --resume ")
 SAME = "--init {warm} --match-compute {run}/rpt "
 EVAL = ("eval.py lm " + TEXT + ASK + "--max-new-tokens 64 --positions {positions} --samples 4 "
-        "--hits {run}/hits.jsonl --dump {run}/thoughts.jsonl --mode ntp reasoning majority greedy "
-        "empty swapped --out ")
+        "--hits {run}/hits.jsonl --dump {run}/thoughts.jsonl ")
+MODES = "--mode ntp reasoning majority greedy empty swapped --out "
 
 STAGES = [
     Stage("Make a corpus of the text.",
@@ -61,8 +61,11 @@ STAGES = [
     Stage("Reinforcement pre-training: think, predict, and let the text say whether that was right.",
           RPT + "--init {warm} --steps {steps} --out-dir {run}/rpt",
           "{run}/rpt/done"),
-    Stage("Measure all three on text that they have not seen.",
-          EVAL + "{run}/results.json --checkpoints {model} {warm} {rpt}",
+    Stage("Measure the model's guessing on text that it has not been trained on.",
+          EVAL + "--mode ntp --out {run}/base.json --checkpoints {model}",
+          "{run}/base.json"),
+    Stage("Measure guessing and thinking after the warm start and after RPT on the same positions.",
+          EVAL + MODES + "{run}/results.json --beside {run}/base.json --checkpoints {warm} {rpt}",
           "{run}/results.json"),
     Stage("Draw the run.", "plot.py {run}/rpt", "{run}/rpt/curves.png"),
     Stage("Draw the table.", "plot.py {run}/results.json --kind table1", "{run}/table1.png"),
@@ -101,7 +104,7 @@ CONTROLS = [
           "--out-dir {run}/blind",
           "{run}/blind/done"),
     Stage("Measure the controls on the same positions.",
-          EVAL + "{run}/controls.json --beside {run}/results.json "
+          EVAL + MODES + "{run}/controls.json --beside {run}/results.json "
           "--checkpoints {ntp} {mixed} {own_run} {empty} {warm_blind} {blind}",
           "{run}/controls.json"),
     Stage("Compare them with the model's own guessing.",
@@ -131,12 +134,12 @@ def parse_args():
     add("--model", required=True, help="checkpoint folder (Hugging Face layout)")
     add("--text", required=True, help="what data/prepare.py reads: .jsonl, .txt or a folder")
     add("--out-dir", required=True, help="folder for everything")
-    add("--steps", type=at_least(1), default=120, help="steps of RPT")
+    add("--steps", type=at_least(1), default=120, help="of RPT")
     add("--batch-size", type=at_least(1), default=24, help="positions in a step of RPT")
-    add("--lr", type=at_least(0, float), default=1e-5, help="of RPT and of the controls")
+    add("--lr", type=at_least(0, float), default=2e-5, help="of RPT and of the controls")
     add("--documents", type=at_least(2), default=150,
         help="documents to score, so many to train on and so many held out")
-    add("--positions", type=at_least(1), default=600, help="held-out positions of each split")
+    add("--positions", type=at_least(1), default=400, help="held-out positions of each split")
     add("--controls", action="store_true", help="also spend RPT's FLOPs in other ways")
     add("--seed", type=at_least(0), default=0, help="of everything")
     flags.add_device_flag(add)
