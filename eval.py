@@ -165,7 +165,7 @@ def think(model, tokenizer, corpus, positions, args, mode="reasoning", known=Non
 
 
 def swap(groups, positions):
-    """-> for each position the first thought about another one, if it can be of another document."""
+    """-> for each position the first thought about another one, of another document if possible."""
     n, swapped = len(groups), []
     for i in range(n):
         others = [(i + n // 2 + step) % n for step in range(n)]

@@ -58,7 +58,7 @@ STAGES = [
     Stage("Teach it this form.",
           WARM + "--strings {run}/drafts.jsonl --out-dir {run}/warm",
           "{run}/warm/done"),
-    Stage("Reinforcement pre-training: think, predict, and let the text say whether that was right.",
+    Stage("Reinforcement pre-training: think, predict, and let the text say who was right.",
           RPT + "--init {warm} --steps {steps} --out-dir {run}/rpt",
           "{run}/rpt/done"),
     Stage("Measure the model's guessing on text that it has not been trained on.",
