@@ -43,8 +43,9 @@ MODES = {"ntp": "NTP", "empty": "empty thought", "swapped": "another's thought",
          "forced": BEST, "forced-majority": BEST, "greedy": BEST, "forced-greedy": BEST}
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe-Ito
 GREY = "#777777"  # small print
-FILLS = {"NTP": "white", "empty thought": "#B3D4E8", "reasoning": "#0072B2", BEST: "#56B4E9"}
-HATCHES = {"empty thought": "////", BEST: "...."}
+FILLS = {"NTP": "white", "empty thought": "#B3D4E8", "another's thought": "#DDDDDD",
+         "reasoning": "#0072B2", BEST: "#56B4E9"}
+HATCHES = {"empty thought": "////", "another's thought": "xxxx", BEST: "...."}
 COLUMN = 3.5      # inches, of a paper
 STYLE = {
     "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",

@@ -65,10 +65,10 @@ STAGES = [
           EVAL + "--mode ntp --out {run}/base.json --checkpoints {model}",
           "{run}/base.json"),
     Stage("Measure guessing and thinking after the warm start and after RPT on the same positions.",
-          EVAL + MODES + "{run}/results.json --beside {run}/base.json --checkpoints {warm} {rpt}",
-          "{run}/results.json"),
+          EVAL + MODES + "{run}/rpt/results.json --beside {run}/base.json --checkpoints {warm} {rpt}",
+          "{run}/rpt/results.json"),
     Stage("Draw the run.", "plot.py {run}/rpt", "{run}/rpt/curves.png"),
-    Stage("Draw the table.", "plot.py {run}/results.json --kind table1", "{run}/table1.png"),
+    Stage("Draw the table.", "plot.py {run}/rpt --kind table1", "{run}/rpt/table1.png"),
     Stage("What has changed, on the same positions, against the model's own guessing?",
           "paper/paired.py {run}/hits.jsonl --corpus {run}/corpus --against {model} ntp "
           "--out {run}/paired.md",
@@ -104,7 +104,7 @@ CONTROLS = [
           "--out-dir {run}/blind",
           "{run}/blind/done"),
     Stage("Measure the controls on the same positions.",
-          EVAL + MODES + "{run}/controls.json --beside {run}/results.json "
+          EVAL + MODES + "{run}/controls.json --beside {run}/rpt/results.json "
           "--checkpoints {ntp} {mixed} {own_run} {empty} {warm_blind} {blind}",
           "{run}/controls.json"),
     Stage("Compare them with the model's own guessing.",
@@ -159,5 +159,5 @@ if __name__ == "__main__":
     start = time.perf_counter()
     demo.run_stages(STAGES + CONTROLS * args.controls, names, args)
     minutes = (time.perf_counter() - start) / 60
-    print(f"\n{minutes:.0f} minutes. In {args.out_dir}: paired.md and table1.png (the table), "
+    print(f"\n{minutes:.0f} minutes. In {args.out_dir}: paired.md and rpt/table1.png (the table), "
           "rpt/curves.png, thoughts.jsonl (what each model thought about each position)")

@@ -22,7 +22,7 @@ def test_the_recipe_and_its_controls_end_in_a_table_and_a_picture(corpus, base, 
     first, second = [*map(str, words)], [*map(str, words), "--controls"]
     ran = subprocess.run(first, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert ran.returncode == 0 and "[10/10]" in ran.stdout, ran.stdout + ran.stderr
-    assert (run / "table1.png").exists() and (run / "rpt" / "curves.png").exists()
+    assert (run / "rpt" / "table1.png").exists() and (run / "rpt" / "curves.png").exists()
     ran = subprocess.run(second, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert ran.returncode == 0 and ran.stdout.count("done before") == 10, ran.stdout + ran.stderr
     lines = json.loads((run / "controls.json").read_text())
