@@ -84,7 +84,7 @@ CONTROL = [
     Stage("Measure the controls on the same unseen positions, beside base and RPT.",
           EVAL + "{run}/control/results.json --mode all --beside {run}/rpt/results.json "
           "--checkpoints {control} {mixed}",
-          "{run}/control/results.json", 30),
+          "{run}/control/measured", 30),
     Stage("Draw all of them.",
           "plot.py {run}/control/results.json --kind table1",
           "{run}/control/table1.png", 3),

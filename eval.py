@@ -8,8 +8,8 @@ hard are entropy > 0.5, 1.0 and 1.5 nats, nested. Every checkpoint answers the s
     reasoning   K sampled thoughts with a prediction: mean accuracy, and pass@K (any of the K right)
     empty       the rollout begins with </think>, and only a box that comes at once counts: a
                 control that measures what the thought adds
-    swapped     the thought is one that was sampled about another position, a single one: does the
-                box follow it?
+    swapped     the thought is one that was sampled about another position, a single one: if that
+                does no harm, the box does not depend on the thought
     forced      </think> is not allowed among the first --forced tokens
     greedy      the most probable token at each place: one thought
     majority    what most of the K thoughts predict, which counts as one prediction
@@ -52,7 +52,7 @@ from sample import Rollout, generate
 
 BOOTSTRAP = 1000        # resamples
 FEW = 10                # documents, of which resamples alone would be too sure
-BOX_TOKENS = 32         # of what follows a swapped thought
+BOX_TOKENS = 32         # of what follows a swapped thought, at most a quarter of a rollout
 TOKENS_PER_PASS = 8192  # of a forward pass over contexts; bounds memory
 MAX_NEW_TOKENS = 8192   # of a rollout, where the model has the room
 DECODINGS = ["reasoning", "majority", "forced", "forced-majority", "greedy", "forced-greedy"]
@@ -60,6 +60,7 @@ MODES = dict(both=["ntp", "reasoning"], all=["ntp", "reasoning", "empty"],
              decodings=["ntp", *DECODINGS, "empty"])
 SHOWN = ("checkpoint", "mode", "accuracy", "low", "high", "split", "n", "seed")  # in the table
 VOTES = {"majority": "reasoning", "forced-majority": "forced"}  # whose rollouts have a vote
+NEEDS = {"swapped": ["reasoning", "swapped"]} | {mode: [of] for mode, of in VOTES.items()}
 
 
 def load_model(checkpoint, args):
@@ -144,7 +145,7 @@ def think(model, tokenizer, corpus, positions, args, mode="reasoning", known=Non
 
     Every template opens the thought. Mode "empty" closes it at once, with the same prompt and as
     many tokens, and counts a box only where nothing precedes it. Mode "swapped" takes the thoughts
-    of `known`, Groups of the same positions, or samples them first.
+    of `known`, Groups of the same positions.
     """
     template = template_ids(tokenizer, args.template)
     longest = min(args.max_prompt_tokens, model.config.max_positions - args.max_new_tokens)
@@ -152,7 +153,6 @@ def think(model, tokenizer, corpus, positions, args, mode="reasoning", known=Non
     extract = box_at_once if mode == "empty" else extract_prediction
     prompts = [question.prompt for question in questions]
     if mode == "swapped":
-        known = known or think(model, tokenizer, corpus, positions, args)
         rollouts = behind_thoughts(model, tokenizer, prompts, swap(known, positions), args)
     else:
         rollouts = sample_rollouts(model, tokenizer, prompts, args, mode)
@@ -177,7 +177,8 @@ def swap(groups, positions):
 def behind_thoughts(model, tokenizer, prompts, rollouts, args):
     """Prompts, and a rollout for each -> its thought, with what the model answers behind it."""
     close = tokenizer.encode("</think>", special=True)
-    answer = min(BOX_TOKENS, room_after(len(close) + 1, "a thought", args))
+    answer = min(BOX_TOKENS, max(1, args.max_new_tokens // 4))
+    room_after(len(close) + answer, "a thought and a box", args)
     longest = args.max_new_tokens - len(close) - answer
     given = [thought_of(tokenizer, rollout)[:longest] + close for rollout in rollouts]
     longer = [prompt + thought for prompt, thought in zip(prompts, given)]
@@ -193,7 +194,7 @@ def thought_of(tokenizer, rollout):
     if not close:
         return tokens
     # A token may hold both the end of the thought and the beginning of </think>.
-    ends = itertools.accumulate(len(tokenizer.token_bytes(token)) for token in tokens)
+    ends = itertools.accumulate(len(tokenizer.decode_bytes([token])) for token in tokens)
     return tokens[:sum(end <= len(thought) for end in ends)]
 
 
@@ -203,27 +204,29 @@ def evaluate(checkpoint, corpus, positions, splits, args):
     results, thoughts = [], {}
     asked = itertools.chain(*(MODES.get(mode, [mode]) for mode in args.mode))
     for mode in dict.fromkeys(asked):
-        counts, sampled = None, VOTES.get(mode, mode)
+        for needed in NEEDS.get(mode, [mode] if mode != "ntp" else []):
+            if needed in thoughts:
+                continue
+            thoughts[needed] = think(model, tokenizer, corpus, positions, args, needed,
+                                     thoughts.get("reasoning"))
+            if args.dump:
+                about = dict(checkpoint=checkpoint, mode=needed)
+                dump(args.dump,
+                     [about | in_words(tokenizer, group, 0) for group in thoughts[needed]])
+        counts = None
         if mode == "ntp":
             # Guessing sees as much context as reasoning.
             longest = min(model.config.max_positions, args.max_prompt_tokens)
             hits = ntp_hits(model, corpus, positions, longest, tokenizer.bos)
+        elif mode in VOTES:
+            hits = majority_hits(thoughts[VOTES[mode]])
         else:
-            if sampled not in thoughts:
-                thoughts[sampled] = think(model, tokenizer, corpus, positions, args, sampled,
-                                          thoughts.get("reasoning"))
-                if args.dump:
-                    about = dict(checkpoint=checkpoint, mode=sampled)
-                    dump(args.dump, [about | in_words(tokenizer, group, 0)
-                                     for group in thoughts[sampled]])
-            if mode in VOTES:
-                hits = majority_hits(thoughts[sampled])
-            else:
-                counts = count(thoughts[mode])
-                hits = counts["rewards"].mean(axis=1)
+            counts = count(thoughts[mode])
+            hits = counts["rewards"].mean(axis=1)
         if args.hits:
-            dump(args.hits, [dict(checkpoint=checkpoint, mode=mode, positions=positions.tolist(),
-                                  hits=hits.tolist())])
+            which = {split: i.tolist() for split, i in splits.items()}
+            dump(args.hits, [dict(checkpoint=checkpoint, mode=mode, splits=which,
+                                  positions=positions.tolist(), hits=hits.tolist())])
         results += in_splits(checkpoint, mode, hits, counts, positions, splits, args)
     return results
 

@@ -67,39 +67,39 @@ def make_example(prompt, text, weights):
 
 
 def read_strings(path, config):
-    """Think/answer strings, one {"prompt": ids, "response": ids} a line -> [Example].
+    """Think/answer strings -> [Example], one for each line.
 
-    Lines with the same prompt that follow each other are one Example, which computes it once.
+    A line is {"prompt": ids, "response": ids}, or has several "responses" to the same prompt, which
+    is then computed once.
     """
     examples = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            prompt, response = parse_string(line, config.vocab_size)
+            prompt, responses = parse_strings(line, config.vocab_size)
             if not prompt:
                 raise ValueError(f"{path} line {number}: expected an object with 'prompt' and "
-                                 "'response', non-empty lists of ids below "
-                                 f"{config.vocab_size}; data/warmstart.py writes such files")
-            length = len(prompt) + len(response)
+                                 "'response' (or 'responses', a list of them), non-empty lists of "
+                                 f"ids below {config.vocab_size}; data/warmstart.py writes such "
+                                 "files")
+            length = len(prompt) + max(map(len, responses))
             if length > config.max_positions:
                 raise ValueError(f"{path} line {number}: {length} tokens, but the model has "
                                  f"{config.max_positions} positions")
-            if not examples or examples[-1].prompt != prompt:
-                examples.append(Example(prompt, [], [], []))
-            examples[-1].rollouts.append(response)
-            examples[-1].advantages.append([1.0] * len(response))
-            examples[-1].logprobs.append([0.0] * len(response))
+            examples.append(Example(prompt, responses, [[1.0] * len(r) for r in responses],
+                                    [[0.0] * len(r) for r in responses]))
     return examples
 
 
-def parse_string(line, vocab_size):
-    """A line of JSON -> prompt and response ids; empty lists if it holds anything else."""
+def parse_strings(line, vocab_size):
+    """A line of JSON -> prompt ids, [response ids, ...]; empty lists if it holds anything else."""
     try:
         record = json.loads(line)
-        prompt, response = record["prompt"], record["response"]
-        ids = prompt + response
+        prompt = record["prompt"]
+        responses = record["responses"] if "responses" in record else [record["response"]]
+        ids = sum(responses, prompt)
         are_ids = {*map(type, ids)} == {int} and 0 <= min(ids) <= max(ids) < vocab_size
-        if prompt and response and are_ids:
-            return prompt, response
+        if prompt and responses and all(responses) and are_ids:
+            return prompt, responses
     except (ValueError, KeyError, TypeError):
         pass
     return [], []
@@ -188,7 +188,7 @@ def parse_args():
     add("--corpus", required=True, help="folder written by data/prepare.py")
     add("--out-dir", required=True, help="folder of this run")
     add("--init", help="checkpoint folder to start from; none: a small model at random")
-    add("--strings", help="JSONL of think/answer strings (data/warmstart.py)")
+    add("--strings", help="JSON lines of think/answer strings (data/warmstart.py)")
     add("--steps", type=at_least(1), default=1000, help="updates")
     add("--match-compute", metavar="RUN",
         help="instead of --steps: as many FLOPs as this RPT run has spent")
@@ -200,7 +200,7 @@ def parse_args():
     add("--proxy", help="--entropy-threshold: whose entropies; default: the only one there is")
     add("--documents-per-step", type=at_least(0), default=48, help="documents in an update")
     add("--strings-per-step", type=at_least(0), default=48,
-        help="prompts of --strings in an update, each with all of its strings")
+        help="lines of --strings in an update, if there are any")
     add("--max-tokens", type=at_least(2), default=256,
         help="tokens of a document; a longer one gives a random window of this size")
     add("--problem-weight", type=at_least(0, float), default=1.0,
@@ -242,8 +242,8 @@ if __name__ == "__main__":
     run.open(model, optimizer)
     # A new run has no cursor, and neither has a checkpoint of an older version.
     run.cursor = lessons.cursor_at(run.step) | (run.cursor or {})
-    parallel.print0(f"{parameters:,} parameters, {len(lessons.documents):,} documents, strings "
-                    f"for {len(lessons.strings):,} prompts, steps {run.step} to {args.steps}")
+    parallel.print0(f"{parameters:,} parameters, {len(lessons.documents):,} documents, "
+                    f"{len(lessons.strings):,} strings, steps {run.step} to {args.steps}")
 
     bar = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, desc="ntp",
                disable=parallel.NO_BAR)

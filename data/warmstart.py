@@ -6,7 +6,7 @@ r"""Strings for a warm start: they teach the form to a model that has never boxe
 A string is a prompt of RPT, and as the thought a draft: how the model itself, which has seen the
 same context, continues the text. The box holds the first token of the draft:
 
-    [context] <think> 2, so the sum of the digits is</think>\boxed{2}<eos>
+    [context: ... 7 and 8, so the sum is]<think> 15 and the last digit</think>\boxed{ 15}<eos>
 
 So a model learns to look ahead, to write down what it sees, and to box where that begins. No truth
 is used: which drafts are right is left to RPT, which starts about as often right as the model is
@@ -38,8 +38,8 @@ from reward import extract_prediction
 from sample import generate
 
 
-def draft_strings(args, tokenizer, rng):
-    """Strings for --count hard positions of --corpus, those of a position side by side."""
+def draft_strings(args, tokenizer):
+    """Lines for --count hard positions of --corpus: a prompt, and a response for each draft."""
     corpus = load_corpus(args.corpus)
     corpus.check(tokenizer, args.proxy)
     scores = find_scores(corpus, args.proxy)
@@ -61,26 +61,26 @@ def draft_strings(args, tokenizer, rng):
         groups = generate(model, contexts, drafts, args.draft_tokens, args.temperature,
                           stop_ids(tokenizer), (args.seed, 1 << 22), max_rows=args.max_rows,
                           kv_gb=args.kv_gb, on_tokens=bar)
-    strings = []
+    lines = []
     for prompt, rollouts in zip(prompts, groups):
-        responses = [draft_string(tokenizer, rollout) for rollout in rollouts]
-        strings += [dict(prompt=prompt) | string for string in responses if string]
-    if not strings:
+        responses = [draft_response(tokenizer, rollout) for rollout in rollouts]
+        responses = [response for response in responses if response]
+        if responses:
+            lines.append(make_line(tokenizer, prompt, responses))
+    if not lines:
         raise ValueError(f"{args.out}: not one draft about {len(positions)} positions has a first "
                          "token that fits into a box")
-    return strings
+    return lines
 
 
-def draft_string(tokenizer, rollout):
-    """A Rollout of plain text -> {"response": ids, "text": ...}; None if no box can hold it."""
+def draft_response(tokenizer, rollout):
+    """A Rollout of plain text -> ids of a thought and its box; None if no box can hold it."""
     draft = rollout.tokens[:-1] if rollout.finished else rollout.tokens
-    if not draft:
-        return None
     response = draft + boxed(tokenizer, draft[:1])
     raw = tokenizer.decode_bytes(response)
-    if extract_prediction(raw) != tokenizer.token_bytes(draft[0]):  # a lone } fits no box
-        return None
-    return dict(response=response, text=text_of(raw))
+    # A lone } fits no box, and a draft may close the thought itself.
+    holds_it = draft and extract_prediction(raw) == tokenizer.decode_bytes(draft[:1])
+    return response if holds_it and raw.count(b"</think>") == 1 else None
 
 
 def boxed(tokenizer, ids):
@@ -89,23 +89,28 @@ def boxed(tokenizer, ids):
             + tokenizer.encode("}") + [tokenizer.eos_id])
 
 
-def solution_strings(args, tokenizer, rng):
-    """Strings for --count questions of --solutions."""
+def solution_strings(args, tokenizer):
+    """Lines for --count questions of --solutions: a prompt, and a response."""
     check_question_template(args.template)
     solutions = read_solutions(args.solutions, args.skip_bad)
-    solutions = rng.sample(solutions, min(args.count, len(solutions)))
-    strings = []
+    solutions = random.Random(args.seed).sample(solutions, min(args.count, len(solutions)))
+    lines, sizes = [], []
     for question, solution, answer in solutions:
         prompt = solve_prompt(tokenizer, question, args.template)
         response = (tokenizer.encode(solution) + tokenizer.encode("</think>", special=True)
                     + tokenizer.encode(rf"\boxed{{{answer}}}") + [tokenizer.eos_id])
-        text = text_of(tokenizer.decode_bytes(response))
-        strings.append(dict(prompt=prompt, response=response, text=text))
-    sizes = [len(string["prompt"]) + len(string["response"]) for string in strings]
+        lines.append(make_line(tokenizer, prompt, [response]))
+        sizes.append(len(prompt) + len(response))
     kept = leave_out_long([question for question, _, _ in solutions], sizes,
                           read_config(args.proxy).max_positions, args.skip_long,
                           "take a --proxy with more positions")
-    return [strings[i] for i in kept]
+    return [lines[i] for i in kept]
+
+
+def make_line(tokenizer, prompt, responses):
+    """Ids -> a line for train_ntp.py --strings, which computes the prompt once for all of them."""
+    texts = [text_of(tokenizer.decode_bytes(response)) for response in responses]
+    return dict(prompt=prompt, responses=responses, texts=texts)
 
 
 def parse_args():
@@ -120,7 +125,7 @@ def parse_args():
     add("--out", required=True, help="JSONL file to write")
     add("--count", type=flags.at_least(1), default=2000,
         help="positions or questions")
-    add("--drafts", type=flags.at_least(1), default=6, help="strings for each position")
+    add("--drafts", type=flags.at_least(1), default=6, help="for each position, a string each")
     add("--draft-tokens", type=flags.at_least(1), default=10, help="length of a draft")
     add("--temperature", type=flags.at_least(0, float), default=0.8,
         help="of drafts; 0: a single, greedy one for each position")
@@ -144,8 +149,10 @@ if __name__ == "__main__":
     sys.excepthook = flags.speak_once
     args = parse_args()
     tokenizer = Tokenizer.load(args.proxy, for_model=True)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     make = solution_strings if args.solutions else draft_strings
-    strings = make(args, tokenizer, random.Random(args.seed))
-    write(args.out, "".join(json.dumps(string, ensure_ascii=False) + "\n" for string in strings))
-    print(f"{len(strings):,} strings written to {args.out}, the last one:")
-    print("    " + strings[-1]["text"])
+    lines = make(args, tokenizer)
+    write(args.out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    strings = sum(len(line["responses"]) for line in lines)
+    print(f"{strings:,} strings for {len(lines):,} prompts written to {args.out}, the last one:")
+    print("    " + lines[-1]["texts"][-1])

@@ -11,8 +11,6 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-
 if __name__ == "__main__":  # the repository, not paper/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from data.prompt import TEMPLATES, stop_ids
@@ -29,8 +27,7 @@ from sample import generate
 def own_strings(model, tokenizer, args):
     """Rollouts about --count positions -> {"prompt", "response", "text"} for each worth it."""
     objective = objectives.load(args.objective)(args, tokenizer, model.config)
-    order = np.random.default_rng(args.seed).permutation(len(objective.positions))[:args.count]
-    questions = [objective.question(objective.positions[i]) for i in order]
+    questions = [objective.question(position) for position in objective.take(0, args.count)]
     prompts = [question.prompt for question in questions]
     with RolloutBar(len(prompts) * args.rollouts, "own rollouts") as bar:
         rollouts = generate(model, prompts, args.rollouts, args.max_new_tokens, args.temperature,

@@ -5,14 +5,15 @@
 
 It is a chain of ordinary commands, printed as they run; each can be repeated, edited or continued
 by hand. A finished one is not run again, so the same command continues after Ctrl-C. --text is
-what data/prepare.py reads. --controls spends RPT's FLOPs, from the same warm start, on
-    ntp     plain text
-    mixed   plain text and drafts, in one stage
+what data/prepare.py reads. --controls spends the FLOPs of RPT (without those of the warm start) on
+    ntp     plain text, from the warm start
+    mixed   plain text and drafts in one stage, from the model itself
     own     the warm start's own right rollouts: RPT without its wrong ones
-    empty   RPT whose prompt closes the thought at once
-    blind   RPT from a warm start on drafts of one token: a thought cannot look ahead
-On a GPU: --steps 2000 --batch-size 256, and a larger --model.
+    empty   RPT from the warm start whose prompt closes the thought at once
+    blind   RPT from another warm start, on drafts of one token: thoughts that do not look ahead
+On a GPU: --steps 2400 --batch-size 256 --documents 2000, and a larger --model.
 """
+import json
 import os
 import sys
 import time
@@ -23,10 +24,10 @@ if __name__ == "__main__":  # the repository, not paper/, is where imports start
 import demo
 from demo import Stage
 from plumbing import flags
-from plumbing.files import latest_checkpoint, lock, sign
+from plumbing.files import latest_checkpoint, lock, read_json, sign, write
 
-DRAFT_STEPS = 100        # updates of the warm start, of STRINGS prompts with 6 drafts each
-STRINGS = 4
+DRAFT_STEPS = 100        # updates of the warm start
+STRINGS = 4              # prompts in each of them, with 6 drafts or fewer
 MICRO_BATCH = dict(cpu=2048, cuda=16384)   # tokens
 TEXT = "--corpus {run}/corpus --dtype {dtype} --seed {seed} "
 ASK = "--template short --max-prompt-tokens 128 "
@@ -36,8 +37,9 @@ WARM = (NTP + "--init {model} --documents-per-step 0 --strings-per-step {strings
         "--steps {draft_steps} --lr 1e-4 --warmup-steps 4 ")
 RPT = ("train_rpt.py " + TEXT + ASK + "--entropy-threshold 0.5 --max-new-tokens 40 --batch-size "
        "{batch} --rollouts 8 --temperature 1.0 --lr {lr} --grad-clip 1.0 --save-every 25 "
+       "--dynamic-sampling-from -1 "
        "--tokens-per-micro-batch {tokens} --resume ")
-SAME = "--init {warm} --match-compute {run}/rpt "
+SAME = "--match-compute {run}/rpt "
 EVAL = ("eval.py lm " + TEXT + ASK + "--max-new-tokens 64 --positions {positions} --samples 4 "
         "--hits {run}/hits.jsonl --dump {run}/thoughts.jsonl ")
 MODES = "--mode ntp reasoning majority greedy empty swapped --out "
@@ -45,12 +47,12 @@ MODES = "--mode ntp reasoning majority greedy empty swapped --out "
 STAGES = [
     Stage("Make a corpus of the text.",
           "data/prepare.py {text} --tokenizer {model} --out {run}/corpus",
-          "{run}/corpus/prepared"),
+          "{run}/prepared"),
     Stage("Find the tokens that are hard to guess: the entropy of the model's prediction at every "
           "position of some documents.",
           "data/filter.py --corpus {run}/corpus --proxy {model} --documents {documents} "
           "--dtype {dtype}",
-          "{run}/corpus/filtered"),
+          "{run}/filtered"),
     Stage("Let the model continue the text at such places; a thought is such a draft, and the box "
           "holds its first token.",
           DRAFT + "--out {run}/drafts.jsonl",
@@ -63,10 +65,11 @@ STAGES = [
           "{run}/rpt/done"),
     Stage("Measure the model's guessing on text that it has not been trained on.",
           EVAL + "--mode ntp --out {run}/base.json --checkpoints {model}",
-          "{run}/base.json"),
+          "{run}/guessed"),
     Stage("Measure guessing and thinking after the warm start and after RPT on the same positions.",
-          EVAL + MODES + "{run}/rpt/results.json --beside {run}/base.json --checkpoints {warm} {rpt}",
-          "{run}/rpt/results.json"),
+          EVAL + MODES + "{run}/rpt/results.json --beside {run}/base.json "
+          "--checkpoints {warm} {rpt}",
+          "{run}/measured"),
     Stage("Draw the run.", "plot.py {run}/rpt", "{run}/rpt/curves.png"),
     Stage("Draw the table.", "plot.py {run}/rpt --kind table1", "{run}/rpt/table1.png"),
     Stage("What has changed, on the same positions, against the model's own guessing?",
@@ -76,22 +79,23 @@ STAGES = [
 ]
 CONTROLS = [
     Stage("Control ntp: plain text.",
-          NTP + SAME + "--documents-per-step 8 --max-tokens 128 --lr {lr} --out-dir {run}/ntp",
+          NTP + SAME + "--init {warm} --documents-per-step 8 --max-tokens 128 --lr {lr} "
+          "--out-dir {run}/ntp",
           "{run}/ntp/done"),
     Stage("Control mixed: plain text and drafts.",
-          NTP + SAME + "--documents-per-step 4 --max-tokens 128 --strings {run}/drafts.jsonl "
-          "--strings-per-step {strings} --lr {lr} --out-dir {run}/mixed",
+          NTP + SAME + "--init {model} --documents-per-step 4 --max-tokens 128 --lr {lr} "
+          "--strings {run}/drafts.jsonl --strings-per-step {strings} --out-dir {run}/mixed",
           "{run}/mixed/done"),
     Stage("Sample the warm start's own rollouts, as many as RPT has.",
           "paper/own_rollouts.py --init {warm} " + TEXT + ASK + "--device {device} "
           "--max-new-tokens 40 --count {own} --rollouts 8 --out {run}/own.jsonl",
           "{run}/own.jsonl"),
     Stage("Control own: those that were right.",
-          NTP + SAME + "--updates-only --documents-per-step 0 --strings {run}/own.jsonl "
-          "--strings-per-step 8 --lr {lr} --out-dir {run}/own",
+          NTP + SAME + "--init {warm} --updates-only --documents-per-step 0 --lr {lr} "
+          "--strings {run}/own.jsonl --strings-per-step 16 --out-dir {run}/own",
           "{run}/own/done"),
     Stage("Control empty: RPT without a thought.",
-          RPT + SAME + "--objective no_thought --steps {many} --out-dir {run}/empty",
+          RPT + SAME + "--init {warm} --objective no_thought --steps {many} --out-dir {run}/empty",
           "{run}/empty/done"),
     Stage("Drafts of one token.",
           DRAFT + "--draft-tokens 1 --out {run}/blind.jsonl",
@@ -100,18 +104,28 @@ CONTROLS = [
           WARM + "--strings {run}/blind.jsonl --out-dir {run}/warm-blind",
           "{run}/warm-blind/done"),
     Stage("Control blind: RPT from there.",
-          RPT + "--init {warm_blind} --match-compute {run}/rpt --steps {many} "
-          "--out-dir {run}/blind",
+          RPT + SAME + "--init {warm_blind} --steps {many} --out-dir {run}/blind",
           "{run}/blind/done"),
     Stage("Measure the controls on the same positions.",
           EVAL + MODES + "{run}/controls.json --beside {run}/rpt/results.json "
           "--checkpoints {ntp} {mixed} {own_run} {empty} {warm_blind} {blind}",
-          "{run}/controls.json"),
+          "{run}/controls-measured"),
     Stage("Compare them with the model's own guessing.",
           "paper/paired.py {run}/hits.jsonl --corpus {run}/corpus --against {model} ntp "
           "--out {run}/controls.md",
           "{run}/controls.md"),
 ]
+
+
+def check_flags(args):
+    """A run that continues has the flags that it began with; ValueError names one that differs."""
+    path, chosen = Path(args.out_dir, "recipe.json"), dict(vars(args), controls=None)
+    if not path.exists():
+        write(path, json.dumps(chosen))
+    for name, value in read_json(path).items():
+        if chosen[name] != value:
+            raise ValueError(f"{args.out_dir} was begun with --{name.replace('_', '-')} {value}, "
+                             f"not {chosen[name]}; take the same flags or another --out-dir")
 
 
 def names(args):
@@ -156,8 +170,10 @@ if __name__ == "__main__":
         os.chdir(flags.ROOT)
     locked = lock(args.out_dir)
     sign(locked)
+    check_flags(args)
     start = time.perf_counter()
     demo.run_stages(STAGES + CONTROLS * args.controls, names, args)
     minutes = (time.perf_counter() - start) / 60
-    print(f"\n{minutes:.0f} minutes. In {args.out_dir}: paired.md and rpt/table1.png (the table), "
+    tables = "controls.md" if args.controls else "paired.md"
+    print(f"\n{minutes:.0f} minutes. In {args.out_dir}: {tables} and rpt/table1.png (the tables), "
           "rpt/curves.png, thoughts.jsonl (what each model thought about each position)")

@@ -17,7 +17,7 @@ from data.questions import read_questions
 from data.sums import ANSWERS, STEPS, write_document
 from data.tokenizer import Tokenizer
 from data.toy import think, think_string
-from data.warmstart import draft_string
+from data.warmstart import draft_response
 from model import GPT
 from reward import extract_prediction
 from sample import Rollout
@@ -455,20 +455,23 @@ def draft(corpus, base, out, *flags):
     code, printed, err = run_here("data/warmstart.py", "--corpus", corpus.folder, "--proxy", base,
                                   "--template", "short", "--count", 20, "--entropy-threshold", 0,
                                   "--out", out, *flags)
-    assert (code, err) == (0, "") and "strings written" in printed
-    return [json.loads(line) for line in out.open()]
+    assert (code, err) == (0, "")
+    lines = [json.loads(line) for line in out.open()]
+    assert f"{sum(len(line['responses']) for line in lines)} strings for {len(lines)} pr" in printed
+    return lines
 
 
 def test_a_greedy_draft_is_what_the_model_finds_likeliest_and_its_first_token_is_boxed(
         corpus, base, tmp_path):
     """The oracle is a loop of whole forward passes over the context, which no truth enters."""
-    records = draft(corpus, base, tmp_path / "s.jsonl", "--temperature", 0, "--draft-tokens", 4)
+    lines = draft(corpus, base, tmp_path / "s.jsonl", "--temperature", 0, "--draft-tokens", 4)
     model, tokenizer = GPT.from_pretrained(base), Tokenizer.load(base)
     close = tokenizer.encode("</think>", special=True)
-    assert 15 <= len(records) <= 20
-    for record in records:
-        ids = record["prompt"][:-1]                              # <think> is one token here
-        assert record["prompt"][-1:] == tokenizer.encode("<think>", special=True)
+    assert 10 <= len(lines) <= 20
+    for line in lines:
+        [response], [text] = line["responses"], line["texts"]
+        ids = line["prompt"][:-1]                                # <think> is one token here
+        assert line["prompt"][-1:] == tokenizer.encode("<think>", special=True)
         drafted = []
         while len(drafted) < 4:
             with torch.no_grad():
@@ -476,37 +479,37 @@ def test_a_greedy_draft_is_what_the_model_finds_likeliest_and_its_first_token_is
             if drafted[-1] in stop_ids(tokenizer):
                 drafted.pop()
                 break
-        response = record["response"]
         assert response[:len(drafted)] == drafted
         assert response[len(drafted):len(drafted) + len(close)] == close
         assert response[-1] == tokenizer.eos_id
-        text = tokenizer.decode_bytes(response)
-        assert record["text"].encode() == text
-        assert extract_prediction(text) == tokenizer.token_bytes(drafted[0])
+        assert text.encode() == tokenizer.decode_bytes(response)
+        assert extract_prediction(text.encode()) == tokenizer.token_bytes(drafted[0])
 
 
-def test_drafts_of_a_position_differ_and_lie_side_by_side(corpus, base, tmp_path):
-    records = draft(corpus, base, tmp_path / "s.jsonl", "--drafts", 5, "--temperature", 1.5)
-    prompts = [tuple(record["prompt"]) for record in records]
-    runs = [prompt for i, prompt in enumerate(prompts) if i == 0 or prompt != prompts[i - 1]]
-    assert len(runs) == len(set(prompts)) <= 20 and len(records) > 60
-    assert len({tuple(record["response"]) for record in records}) > 40
-    again = draft(corpus, base, tmp_path / "again.jsonl", "--drafts", 5, "--temperature", 1.5)
-    assert again == records
+def test_drafts_of_a_position_differ_and_come_again(corpus, base, tmp_path):
+    flags = "--drafts", 5, "--temperature", 1.5
+    lines = draft(corpus, base, tmp_path / "new" / "s.jsonl", *flags)
+    responses = [response for line in lines for response in line["responses"]]
+    assert len({tuple(line["prompt"]) for line in lines}) == len(lines) <= 20
+    assert len(responses) > 60 and len(set(map(tuple, responses))) > 40
+    assert draft(corpus, base, tmp_path / "again.jsonl", *flags) == lines
 
 
 def test_no_string_is_made_of_a_draft_that_no_box_can_hold(base):
     tokenizer = Tokenizer.load(base)
-    a, brace, half = (tokenizer.ranks[raw] for raw in (b"a", b"}", b"\xc3"))
-    eos = tokenizer.eos_id
-    assert draft_string(tokenizer, Rollout([eos], finished=True)) is None
-    assert draft_string(tokenizer, Rollout([brace, a])) is None
-    ended, cut, bytes_ = (draft_string(tokenizer, rollout)["response"] for rollout in (
-        Rollout([a, eos], finished=True), Rollout([a, a]), Rollout([half, a])))
-    form = tokenizer.encode(r"</think>\boxed{", special=True)
-    assert ended == [a, *form, a, *tokenizer.encode("}"), eos]
-    assert cut == [a, a, *form, a, *tokenizer.encode("}"), eos]
-    assert extract_prediction(tokenizer.decode_bytes(bytes_)) == b"\xc3"
+    a, brace, slash, half = (tokenizer.ranks[raw] for raw in (b"a", b"}", b"\\", b"\xc3"))
+    eos, close = tokenizer.eos_id, tokenizer.encode("</think>", special=True)
+    only_the_model_has_it = tokenizer.vocab_size + 3
+    for tokens, finished in (([eos], True), ([brace, a], False), ([a, *close, a], False),
+                             ([], False)):
+        assert draft_response(tokenizer, Rollout(tokens, finished=finished)) is None
+    form, end = tokenizer.encode(r"</think>\boxed{", special=True), tokenizer.encode("}")
+    assert draft_response(tokenizer, Rollout([a, eos], finished=True)) == [a, *form, a, *end, eos]
+    for first in (a, slash, half, only_the_model_has_it):
+        response = draft_response(tokenizer, Rollout([first, a]))
+        assert response == [first, a, *form, first, *end, eos]
+        raw = tokenizer.decode_bytes([first])
+        assert extract_prediction(tokenizer.decode_bytes(response)) == raw
 
 
 def test_a_string_fits_into_the_models_positions(corpus, base, tmp_path):
@@ -514,5 +517,5 @@ def test_a_string_fits_into_the_models_positions(corpus, base, tmp_path):
     long = positions - len(tokenizer.encode(r"</think>\boxed{", special=True)) - 12
     # A token in the box, a brace, the end of the text: 9 are left for the prompt.
     for flags in (("--draft-tokens", long), ("--max-prompt-tokens", 9, "--draft-tokens", 3)):
-        records = draft(corpus, base, tmp_path / "s.jsonl", *flags)
-        assert max(len(record["prompt"]) for record in records) == 9
+        lines = draft(corpus, base, tmp_path / "s.jsonl", *flags)
+        assert max(len(line["prompt"]) for line in lines) == 9

@@ -47,7 +47,7 @@ def test_hits_are_those_of_the_table_and_the_differences_follow(corpus, base, th
     for _ in range(2):  # a repeated command replaces its lines
         results = evaluated(corpus, tmp_path, "--checkpoints", base, thinker, "--samples", 3, "--mode",
                             "ntp", "reasoning", "majority")
-    positions, hits = read_hits(tmp_path / "hits.jsonl")
+    positions, splits, hits = read_hits(tmp_path / "hits.jsonl")
     assert list(hits) == [(c, m) for c in (base, thinker) for m in ("ntp", "reasoning", "majority")]
     code, out, err = run_here("paper/paired.py", tmp_path / "hits.jsonl", "--corpus", corpus.folder,
                               "--against", base, "reasoning")
@@ -55,25 +55,28 @@ def test_hits_are_those_of_the_table_and_the_differences_follow(corpus, base, th
     by_difficulty = out.split("\n\n")[1]
     rows = {tuple(cells[:2]): cells[2:] for line in by_difficulty.splitlines()[2:]
             for cells in [[cell.strip() for cell in line.strip("|").split("|")]]}
-    # Those of the hard split are all among the medium and easy ones, but not only they.
-    hard = [r for r in results if r["split"] == list(dict.fromkeys(r["split"] for r in results))[-1]]
-    for line in hard:
-        cell = rows[line["checkpoint"], line["mode"]][-1]
-        if line["n"] == int(by_difficulty.split("(n = ")[-1].split(")")[0]):
+    # The accuracies are those of the table, each with its own positions.
+    for i, split in enumerate(dict.fromkeys(line["split"] for line in results)):
+        for line in [line for line in results if line["split"] == split]:
+            cell = rows[line["checkpoint"], line["mode"]][i]
             assert float(cell.split()[0]) == pytest.approx(line["accuracy"], abs=0.06)
-    ours, theirs = (hits[c, "reasoning"] for c in (thinker, base))
-    easy = rows[thinker, "reasoning"][0]
-    assert float(easy.split("(")[1].split()[0]) == pytest.approx(100 * (ours - theirs).mean(), abs=0.06)
+            gained = hits[line["checkpoint"], line["mode"]] - hits[base, "reasoning"]
+            shown = float(cell.split("(")[1].split()[0].strip(")")) if "(" in cell else 0
+            assert shown == pytest.approx(100 * gained[splits[split]].mean(), abs=0.06)
     assert rows[base, "reasoning"][0].count("(") == 0
-    for grouping in out.split("\n\n")[2:]:  # by entropy, by kind: each position once
-        assert sum(int(part.split(")")[0]) for part in grouping.split("(n = ")[1:]) == len(positions)
+    entropies, kinds = ([int(part.split(")")[0]) for part in grouping.split("(n = ")[1:]]
+                        for grouping in out.split("\n\n")[2:])
+    assert sum(entropies) == len(positions) and sum(kinds) == len(splits["easy"])
 
 
 def test_files_that_do_not_fit_are_refused(corpus, base, tmp_path):
     path = tmp_path / "hits.jsonl"
-    line = dict(checkpoint="a", mode="ntp", positions=[[1, 0, 2]], hits=[1.0])
+    line = dict(checkpoint="a", mode="ntp", splits={"easy": [0]}, positions=[[1, 0, 2]], hits=[1.0])
+    wrong = "line 2: not what eval.py --hits writes"
     for second, message in ((dict(line, positions=[[3, 0, 2]]), "line 2: other positions than in line 1"),
-                            (dict(line, hits="x"), "line 2: not what eval.py --hits writes"), (None, "no line")):
+                            (dict(line, hits="x"), wrong), (dict(line, hits=[1, 1]), wrong), (7, wrong),
+                            (dict(line, positions=[]), wrong), (dict(line, hits=[None]), wrong),
+                            (dict(line, positions=[1, 0, 2]), wrong), (None, "no line")):
         path.write_text("".join(json.dumps(one) + "\n" for one in (line, second)) if second else "")
         with pytest.raises(ValueError, match=message):
             read_hits(path)

@@ -26,6 +26,8 @@ def test_the_recipe_and_its_controls_end_in_a_table_and_a_picture(corpus, base, 
     ran = subprocess.run(second, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert ran.returncode == 0 and ran.stdout.count("done before") == 10, ran.stdout + ran.stderr
     lines = json.loads((run / "controls.json").read_text())
+    ran = subprocess.run([*first, "--lr", "1"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert ran.returncode == 2 and "was begun with --lr 2e-05, not 1.0; take the same flags" in ran.stderr
     names = {line["checkpoint"].removeprefix(f"{run}/").split("/step_")[0] for line in lines}
     assert names == {base, "warm", "rpt", "ntp", "mixed", "own", "empty", "warm-blind", "blind"}
     table = (run / "controls.md").read_text()

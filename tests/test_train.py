@@ -401,20 +401,21 @@ def test_a_long_document_gives_every_window_and_the_weights_move_with_it():
 
 def test_strings_of_a_prompt_share_it_and_each_of_their_tokens_counts_the_same(corpus, base, tmp_path):
     """The oracle is a forward pass over each string alone."""
-    lines = [([5, 6, 7], [8, 9]), ([5, 6, 7], [9, 8, 4]), ([5, 6], [9]), ([5, 6, 7], [3, 2])]
-    path = write_lines(tmp_path / "strings.jsonl", *(dict(prompt=p, response=r) for p, r in lines))
+    lines = [([5, 6, 7], [[8, 9], [9, 8, 4]]), ([5, 6], [[9]]), ([5, 6, 7], [[3, 2]])]
+    path = write_lines(tmp_path / "strings.jsonl", dict(prompt=[5, 6, 7], responses=lines[0][1]),
+                       dict(prompt=[5, 6], response=[9]), dict(prompt=[5, 6, 7], responses=[[3, 2]]))
     examples = read_strings(path, SimpleNamespace(vocab_size=99, max_positions=99))
-    assert [(e.prompt, e.rollouts) for e in examples] == [
-        ([5, 6, 7], [[8, 9], [9, 8, 4]]), ([5, 6], [[9]]), ([5, 6, 7], [[3, 2]])]
+    assert [(example.prompt, example.rollouts) for example in examples] == lines
     code, out, err = run_here("train_ntp.py", "--corpus", corpus.folder, "--init", base, "--strings", path,
                               "--documents-per-step", 0, "--strings-per-step", 3, "--steps", 1,
                               "--out-dir", tmp_path / "run")
-    assert (code, err) == (0, "") and "strings for 3 prompts" in out
+    assert (code, err) == (0, "") and " 3 strings, " in out
     model, losses = GPT.from_pretrained(base), []
-    for prompt, response in lines:
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + response]))[0, len(prompt) - 1:-1]
-        losses += F.cross_entropy(logits, torch.tensor(response), reduction="none").tolist()
+    for prompt, responses in lines:
+        for response in responses:
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + response]))[0, len(prompt) - 1:-1]
+            losses += F.cross_entropy(logits, torch.tensor(response), reduction="none").tolist()
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert metrics["loss"] == pytest.approx(sum(losses) / 8, rel=1e-5)
     assert metrics["tokens"] == 3 + 5 + 2 + 1 + 3 + 2
