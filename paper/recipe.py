@@ -37,8 +37,7 @@ WARM = (NTP + "--init {model} --documents-per-step 0 --strings-per-step {strings
         "--steps {draft_steps} --lr 1e-4 --warmup-steps 4 ")
 RPT = ("train_rpt.py " + TEXT + ASK + "--entropy-threshold 0.5 --max-new-tokens 40 --batch-size "
        "{batch} --rollouts 8 --temperature 1.0 --lr {lr} --grad-clip 1.0 --save-every 25 "
-       "--dynamic-sampling-from -1 "
-       "--tokens-per-micro-batch {tokens} --resume ")
+       "--dynamic-sampling-from -1 --tokens-per-micro-batch {tokens} --resume ")
 SAME = "--match-compute {run}/rpt "
 EVAL = ("eval.py lm " + TEXT + ASK + "--max-new-tokens 64 --positions {positions} --samples 4 "
         "--hits {run}/hits.jsonl --dump {run}/thoughts.jsonl ")
@@ -83,7 +82,7 @@ CONTROLS = [
           "--out-dir {run}/ntp",
           "{run}/ntp/done"),
     Stage("Control mixed: plain text and drafts.",
-          NTP + SAME + "--init {model} --documents-per-step 4 --max-tokens 128 --lr {lr} "
+          NTP + SAME + "--init {model} --documents-per-step 4 --max-tokens 128 --lr 1e-4 "
           "--strings {run}/drafts.jsonl --strings-per-step {strings} --out-dir {run}/mixed",
           "{run}/mixed/done"),
     Stage("Sample the warm start's own rollouts, as many as RPT has.",
@@ -150,7 +149,8 @@ def parse_args():
     add("--out-dir", required=True, help="folder for everything")
     add("--steps", type=at_least(1), default=120, help="of RPT")
     add("--batch-size", type=at_least(1), default=24, help="positions in a step of RPT")
-    add("--lr", type=at_least(0, float), default=2e-5, help="of RPT and of the controls")
+    add("--lr", type=at_least(0, float), default=2e-5,
+        help="of RPT and of the controls that start where it does")
     add("--documents", type=at_least(2), default=150,
         help="documents to score, so many to train on and so many held out")
     add("--positions", type=at_least(1), default=400, help="held-out positions of each split")
