@@ -9,7 +9,7 @@ same context, continues the text. The box holds the first token of the draft:
     [context: ... 7 and 8, so the sum is]<think> 15 and the last digit</think>\boxed{ 15}<eos>
 
 So a model learns to look ahead, to write down what it sees, and to box where that begins. No truth
-is used: which drafts are right is left to RPT, which starts about as often right as the model is
+is used: which drafts are right is left to RPT, which starts nearly as often right as the model is
 when it samples the next token. For train_rpt.py --objective answers: a question, its solution as
 the thought, its answer in the box:
 
