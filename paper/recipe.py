@@ -120,7 +120,7 @@ def check_flags(args):
     """A run that continues has the flags that it began with; ValueError names one that differs."""
     path, chosen = Path(args.out_dir, "recipe.json"), dict(vars(args), controls=None)
     if not path.exists():
-        write(path, json.dumps(chosen))
+        write(str(path), json.dumps(chosen))
     for name, value in read_json(path).items():
         if chosen[name] != value:
             raise ValueError(f"{args.out_dir} was begun with --{name.replace('_', '-')} {value}, "
