@@ -212,8 +212,9 @@ def test_solutions_become_thoughts_and_exact_answers_boxes(base, tokenizer, tmp_
     code, text, err = run_here(*line, "--skip-long")
     assert (code, err) == (0, "") and "left out: no room for 1 of 2 questions" in text
     string, = map(json.loads, (tmp_path / "strings.jsonl").read_text().splitlines())
-    assert string["text"] == r"It is <<2+3=5>>5.</think>\boxed{5}<|end|>"
-    assert tokenizer.decode_bytes(string["response"]).decode() == string["text"]
+    [response] = string["responses"]
+    assert string["texts"] == [r"It is <<2+3=5>>5.</think>\boxed{5}<|end|>"]
+    assert [tokenizer.decode_bytes(response).decode()] == string["texts"]
     assert tokenizer.decode_bytes(string["prompt"]) == b"How much is 2+3?<think>"
     code, _, err = run_here(*line, "--corpus", "C")
     assert code == 2 and "either --corpus or --solutions" in err
