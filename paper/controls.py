@@ -199,7 +199,7 @@ def measuring(run, seed, names):
         ("Everything on the same held-out positions.",
          eval_command(run, "all", trained, results) + f" --dump {run}/thoughts.jsonl", results),
         ("RPT's checkpoints, for the scaling fit.",
-         eval_command(run, "reasoning", on_the_way, rpt_results), rpt_results),
+         eval_command(run, "reasoning", on_the_way, rpt_results), f"{run}/rpt/measured"),
         ("The fit.", f"paper/scaling.py {run}/rpt --out {run}/scaling.json", f"{run}/scaling.json")]
 
 

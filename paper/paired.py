@@ -87,6 +87,9 @@ def groupings(corpus, tokenizer, scores, positions, splits):
     place = np.arange(len(positions))
     yield {f"{name} > {SPLITS[name]}": np.isin(place, i) for name, i in splits.items()}
     entropy = np.load(scores, mmap_mode="r")[positions[:, 0], 0]
+    if np.isnan(entropy).any():
+        raise ValueError(f"{scores} has no entropy for some of these positions; choose the --proxy "
+                         "and the --corpus of the evaluation")
     yield {f"{low} to {high} nats".replace("to inf", "or more"): (entropy > low) & (entropy <= high)
            for low, high in zip(BINS, BINS[1:])}
     # The easy positions are a fair sample of all above 0.5 nats; the others are there for the rest.

@@ -156,8 +156,7 @@ def parse_args():
     add("--positions", type=at_least(1), default=400, help="held-out positions of each split")
     add("--controls", action="store_true", help="also spend RPT's FLOPs in other ways")
     add("--seed", type=at_least(0), default=0, help="of everything")
-    flags.add_device_flag(add)
-    parser.set_defaults(dtype="auto")
+    flags.add_device_flag(add, dtype="auto")
     return parser.parse_args()
 
 

@@ -127,13 +127,13 @@ def add_run_flags(add, save_every):
     add_device_flag(add)
 
 
-def add_device_flag(add):
+def add_device_flag(add, dtype=None):
     default = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=default, choices=["cpu", "cuda"], help="where to compute")
-    add("--dtype", choices=[*DTYPES, "auto"],
+    usual = "; default: bf16 on a GPU, fp32 on a CPU, whose figures are exact only in fp32"
+    add("--dtype", default=dtype, choices=[*DTYPES, "auto"],
         help="of activations and matrix products, while weights stay fp32; auto: bf16 where it is "
-             "faster, which takes some milliseconds to see; default: bf16 on a GPU, fp32 on a CPU, "
-             "whose figures are exact only in fp32")
+             "faster, which takes some milliseconds to see" + usual * (not dtype))
 
 
 @lru_cache

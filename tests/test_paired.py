@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from paper.paired import difference, kind_of, read_hits
-from tiny import base, corpus, run_here, thinker
+from tiny import base, corpus, run_here, thinker, write_lines
 
 
 def test_a_difference_is_that_of_resampled_documents():
@@ -83,3 +83,7 @@ def test_files_that_do_not_fit_are_refused(corpus, base, tmp_path):
     path.write_text(json.dumps(line) + "\n")
     code, _, err = run_here("paper/paired.py", path, "--corpus", corpus.folder, "--against", "b", "ntp")
     assert code == 2 and "hits.jsonl has a ntp" in err
+    start, _, end, _ = corpus.docs[0].tolist()  # its first token has no entropy
+    write_lines(path, dict(line, positions=[[start, start, end]]))
+    code, _, err = run_here("paper/paired.py", path, "--corpus", corpus.folder)
+    assert code == 2 and "has no entropy for some of these positions" in err and err.count("\n") == 1
