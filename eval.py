@@ -168,9 +168,9 @@ def swap(groups, positions):
     """-> for each position the first thought about another one, of another document if possible."""
     n, swapped = len(groups), []
     for i in range(n):
-        others = [(i + n // 2 + step) % n for step in range(n)]
-        foreign = [j for j in others if positions[j][1] != positions[i][1]]
-        swapped.append(groups[(foreign or others)[0]].rollouts[0])
+        others = range(i + n // 2, i + n // 2 + n)
+        foreign = (j % n for j in others if positions[j % n][1] != positions[i][1])
+        swapped.append(groups[next(foreign, others[0] % n)].rollouts[0])
     return swapped
 
 
