@@ -36,7 +36,7 @@ import torch
 from tqdm import tqdm
 
 from data.corpus import load_corpus
-from data.positions import SPLITS, choose_positions, find_scores
+from data.positions import SPLITS, answerable, choose_positions, find_scores
 from data.prompt import TEMPLATES, stop_ids, template_ids
 from data.tokenizer import Tokenizer
 from model import GPT, read_config
@@ -461,8 +461,9 @@ if __name__ == "__main__":
     fill_in_length(args)
     corpus = load_corpus(args.corpus)
     scores = find_scores(corpus, args.proxy)
-    positions, splits = choose_positions(corpus, scores, args.positions, args.seed)
-    results = read_beside(args.beside, splits, args.seed) if args.beside else []
     check_paths(args, corpus)
+    fits = answerable(Tokenizer.load(args.checkpoints[0]))
+    positions, splits = choose_positions(corpus, scores, args.positions, args.seed, fits)
+    results = read_beside(args.beside, splits, args.seed) if args.beside else []
     evaluate_each(evaluate, print_table, f"{len(positions)} held-out positions",
                   (corpus, positions, splits), args, results)

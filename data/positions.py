@@ -9,6 +9,7 @@ import os
 import numpy as np
 
 from plumbing.hf import config_path, weight_files
+from reward import extract_prediction
 
 SPLITS = dict(easy=0.5, medium=1.0, hard=1.5)  # nats; nested, as in Table 1
 END_BYTES = 1 << 20                            # hashed at either end
@@ -46,10 +47,24 @@ def find_scores(corpus, proxy=None):
     return found[0]
 
 
-def load_positions(corpus, scores, threshold, split):
+def answerable(tokenizer):
+    r"""(vocab,) bool: the tokens that a box can hold. A lone } cannot be predicted in one.
+
+    At a position whose true token begins with it no thought can be right, so nobody asks there.
+    """
+    fits = np.ones(tokenizer.vocab_size, dtype=bool)
+    for id in range(tokenizer.vocab_size):
+        raw = tokenizer.decode_bytes([id])
+        if b"}" in raw:
+            fits[id] = extract_prediction(rb"</think>\boxed{" + raw + b"}") == raw
+    return fits
+
+
+def load_positions(corpus, scores, threshold, split, fits=None):
     """Positions of "train" or "val" solutions with an entropy above `threshold` nats: (n, 3) int64.
 
     A row is an index into corpus.tokens, start and end of its document; n = 0 is a ValueError.
+    fits: (vocab,) bool, only positions whose true token is one of these; None: all.
     Held-out positions come from here too: choose others to train on in objectives/rpt.py.
     """
     entropy = np.load(scores, mmap_mode="r")[:, 0]
@@ -59,6 +74,8 @@ def load_positions(corpus, scores, threshold, split):
         raise ValueError(f"{corpus.folder}: no {split} document; the corpus needs two or more")
     for start, solution, end, _ in docs:
         above = solution + np.flatnonzero(entropy[solution:end] > threshold)
+        if fits is not None:
+            above = above[fits[corpus.tokens[above]]]
         positions += [(t, start, end) for t in above]
     if not positions:
         known = entropy[~np.isnan(entropy)]
@@ -68,9 +85,9 @@ def load_positions(corpus, scores, threshold, split):
     return np.array(positions, dtype=np.int64)
 
 
-def choose_positions(corpus, scores, count, seed):
+def choose_positions(corpus, scores, count, seed, fits=None):
     """`count` validation positions for each of SPLITS -> positions (n, 3), {split: indices}."""
-    positions = load_positions(corpus, scores, SPLITS["easy"], "val")
+    positions = load_positions(corpus, scores, SPLITS["easy"], "val", fits)
     positions = np.random.default_rng(seed).permutation(positions)
     entropy = np.load(scores, mmap_mode="r")[positions[:, 0], 0]
     chosen = {name: np.flatnonzero(entropy > nats)[:count] for name, nats in SPLITS.items()}

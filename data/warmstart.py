@@ -26,7 +26,7 @@ if __name__ == "__main__":  # imports start at the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from plumbing import flags  # before torch: how its threads wait
 from data.corpus import load_corpus
-from data.positions import find_scores, load_positions
+from data.positions import answerable, find_scores, load_positions
 from data.prompt import (TEMPLATES, build_prompt, check_question_template, solve_prompt, stop_ids,
                          template_ids)
 from data.questions import leave_out_long, read_solutions
@@ -43,7 +43,8 @@ def draft_strings(args, tokenizer):
     corpus = load_corpus(args.corpus)
     corpus.check(tokenizer, args.proxy)
     scores = find_scores(corpus, args.proxy)
-    positions = load_positions(corpus, scores, args.entropy_threshold, "train")
+    positions = load_positions(corpus, scores, args.entropy_threshold, "train",
+                               answerable(tokenizer))
     positions = np.random.default_rng(args.seed).permutation(positions)[:args.count]
     model = GPT.from_pretrained(args.proxy, flags.compute_dtype(args), args.device).join_weights()
     before, after = template_ids(tokenizer, args.template)

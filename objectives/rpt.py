@@ -7,7 +7,7 @@ r"""RPT: at a position in ordinary text, think, then predict what follows (the p
 Positions are those where a proxy model's entropy is above --entropy-threshold nats.
 """
 from data.corpus import load_corpus
-from data.positions import find_scores, load_positions
+from data.positions import answerable, find_scores, load_positions
 from data.prompt import build_prompt, template_ids
 from objectives import Base, Question
 from reward import extract_prediction, prefix_match
@@ -25,10 +25,11 @@ class Objective(Base):
         self.corpus = load_corpus(args.corpus)
         self.corpus.check(tokenizer, args.init)
         self.template = template_ids(tokenizer, args.template)
-        # Which positions to train on; to try another choice, edit these two lines. Each row is
+        # Which positions to train on; to try another choice, edit these lines. Each row is
         # (index into corpus.tokens, start and end of its document), in any order.
         scores = find_scores(self.corpus, args.proxy)
-        self.positions = load_positions(self.corpus, scores, args.entropy_threshold, "train")
+        self.positions = load_positions(self.corpus, scores, args.entropy_threshold, "train",
+                                        answerable(tokenizer))
 
     def question(self, position):
         return ask(self.corpus, self.tokenizer, position, self.template, self.longest)

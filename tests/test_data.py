@@ -11,7 +11,7 @@ from data import filter as entropy_filter
 from data import toy
 from data.corpus import load_corpus, write_corpus
 from data.filter import score_corpus, score_document
-from data.positions import SPLITS, find_scores, load_positions, scores_path
+from data.positions import SPLITS, answerable, find_scores, load_positions, scores_path
 from data.prompt import TEMPLATES, build_prompt, stop_ids, template_ids
 from data.questions import read_questions
 from data.sums import ANSWERS, STEPS, write_document
@@ -19,7 +19,7 @@ from data.tokenizer import Tokenizer
 from data.toy import think, think_string
 from data.warmstart import draft_response
 from model import GPT
-from reward import extract_prediction
+from reward import extract_prediction, prefix_match
 from sample import Rollout
 from tiny import base, corpus, run_here, tiny_model
 
@@ -195,6 +195,22 @@ def test_an_entropy_equal_to_the_threshold_is_not_above_it(corpus):
     entropy = np.load(path)[positions[:, 0], 0]
     chosen = load_positions(corpus, path, float(entropy[0]), "train")
     assert chosen.tolist() == positions[entropy > entropy[0]].tolist()
+
+
+def test_nobody_asks_for_a_token_that_no_box_can_hold(tmp_path):
+    tokenizer = Tokenizer({bytes([byte]): byte for byte in range(256)} | {b"}{": 256, rb"\}": 257},
+                          {"<|im_end|>": 258}, r"\\\}|\}\{|[\s\S]")
+    fits = answerable(tokenizer)
+    assert [id for id in range(259) if not fits[id]] == [ord("}"), 256]
+    for id in np.flatnonzero(fits[:258]):                  # the verifier itself pays for the others
+        raw = tokenizer.token_bytes(id)
+        assert prefix_match(extract_prediction(rb"</think>\boxed{" + raw + b"}"), [raw]) == 1.0
+    corpus = write_corpus([("", "a}b{c}{d\\}e")], tokenizer, tmp_path / "corpus")
+    np.save(tmp_path / "scores.npy", np.ones((len(corpus.tokens), 2), dtype=np.float32))
+    asked = load_positions(corpus, tmp_path / "scores.npy", 0.5, "train", fits)[:, 0]
+    every = load_positions(corpus, tmp_path / "scores.npy", 0.5, "train")[:, 0]
+    left_out = sorted(set(every.tolist()) - set(asked.tolist()))
+    assert [int(corpus.tokens[t]) for t in left_out] == [ord("}"), 256]
 
 
 def test_in_plain_text_every_position_has_a_context(tokenizer, base, tmp_path):
