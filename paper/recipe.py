@@ -26,14 +26,15 @@ from demo import Stage
 from plumbing import flags
 from plumbing.files import latest_checkpoint, lock, read_json, sign, write
 
-DRAFT_STEPS = 100        # updates of the warm start
+DRAFT_STEPS = 400        # updates of the warm start
 STRINGS = 4              # prompts in each of them, with 6 drafts or fewer
 MICRO_BATCH = dict(cpu=2048, cuda=16384)   # tokens
 TEXT = "--corpus {run}/corpus --dtype {dtype} --seed {seed} "
 ASK = "--template short --max-prompt-tokens 128 "
 DRAFT = "data/warmstart.py --proxy {model} " + TEXT + ASK + "--device {device} --count {count} "
 NTP = "train_ntp.py " + TEXT + "--tokens-per-micro-batch {tokens} --resume "
-WARM = (NTP + "--init {model} --documents-per-step 0 --strings-per-step {strings} "
+# A little plain text keeps the model from ending a thought where there is none.
+WARM = (NTP + "--init {model} --documents-per-step 1 --max-tokens 128 --strings-per-step {strings} "
         "--steps {draft_steps} --lr 1e-4 --warmup-steps 4 ")
 RPT = ("train_rpt.py " + TEXT + ASK + "--entropy-threshold 0.5 --max-new-tokens 40 --batch-size "
        "{batch} --rollouts 8 --temperature 1.0 --lr {lr} --grad-clip 1.0 --save-every 25 "
