@@ -1,17 +1,20 @@
 r"""Strings for a warm start: they teach the form to a model that has never boxed a prediction.
 
     python data/warmstart.py --corpus C --proxy DIR --template short --out S.jsonl
-    python train_ntp.py --corpus C --init DIR --strings S.jsonl --documents-per-step 0 ...
+    python train_ntp.py --corpus C --init DIR --strings S.jsonl --documents-per-step 1 \
+        --max-tokens 128 ...
 
 A string is a prompt of RPT, and as the thought a draft: how the model itself, which has seen the
 same context, continues the text. The box holds the first token of the draft:
 
     [context: ... 7 and 8, so the sum is]<think> 15 and the last digit</think>\boxed{ 15}<eos>
 
-So a model learns to look ahead, to write down what it sees, and to box where that begins. No truth
-is used: which drafts are right is left to RPT, which starts nearly as often right as the model is
-when it samples the next token. For train_rpt.py --objective answers: a question, its solution as
-the thought, its answer in the box:
+So a model learns to look ahead, to write down what it sees, and to box where that begins. A
+document in each update keeps it from closing thoughts in plain text. Strings hold no truth: which
+drafts are right is left to RPT, which starts nearly as often right as the model is when it samples
+the next token.
+
+For train_rpt.py --objective answers: a question, its solution as the thought, its answer in a box:
 
     python data/warmstart.py --solutions gsm8k_train.jsonl --proxy DIR --template chat --out S.jsonl
 """
