@@ -48,16 +48,13 @@ def find_scores(corpus, proxy=None):
 
 
 def answerable(tokenizer):
-    r"""(vocab,) bool: the tokens that a box can hold. A lone } cannot be predicted in one.
+    r"""(vocab,) bool: the tokens that the verifier reads out of a box as they are.
 
-    At a position whose true token begins with it no thought can be right, so nobody asks there.
+    A lone } closes the box. Where the true token begins with it no thought can be right, so nobody
+    asks there.
     """
-    fits = np.ones(tokenizer.vocab_size, dtype=bool)
-    for id in range(tokenizer.vocab_size):
-        raw = tokenizer.decode_bytes([id])
-        if b"}" in raw:
-            fits[id] = extract_prediction(rb"</think>\boxed{" + raw + b"}") == raw
-    return fits
+    tokens = [tokenizer.decode_bytes([id]) for id in range(tokenizer.vocab_size)]
+    return np.array([extract_prediction(rb"</think>\boxed{" + raw + b"}") == raw for raw in tokens])
 
 
 def load_positions(corpus, scores, threshold, split, fits=None):

@@ -4,7 +4,8 @@ r"""RPT: at a position in ordinary text, think, then predict what follows (the p
     rollout    ... </think> \boxed{prediction}
     reward     1 if the predicted bytes are the next true tokens, one or several; else 0  (eq. 3)
 
-Positions are those where a proxy model's entropy is above --entropy-threshold nats.
+Positions are those where a proxy model's entropy is above --entropy-threshold nats and a box can
+hold the true token.
 """
 from data.corpus import load_corpus
 from data.positions import answerable, find_scores, load_positions

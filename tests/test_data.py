@@ -213,6 +213,28 @@ def test_nobody_asks_for_a_token_that_no_box_can_hold(tmp_path):
     assert [int(corpus.tokens[t]) for t in left_out] == [ord("}"), 256]
 
 
+@pytest.mark.parametrize("line", [
+    "data/warmstart.py --corpus {corpus} --proxy {base} --template short --count 9 --draft-tokens 2 --out {out}",
+    "train_rpt.py --corpus {corpus} --init {base} --template short --steps 1 --batch-size 2 --rollouts 2 "
+    "--max-new-tokens 8 --entropy-threshold 0 --out-dir {out}",
+    "eval.py lm --corpus {corpus} --checkpoints {base} --mode ntp --out {out}"])
+def test_no_script_asks_for_a_token_that_no_box_can_hold(base, tmp_path, monkeypatch, line):
+    texts = [("", "".join(f"{{{random.Random(i).random()}}}}}" for i in range(seed, seed + 3))) for seed in range(40)]
+    corpus, asked = write_corpus(texts, Tokenizer.load(base), tmp_path / "corpus"), []
+    score_corpus(corpus, base)
+
+    def watched(*chosen):
+        asked.extend(positions := load_positions(*chosen))
+        return positions
+
+    monkeypatch.setattr("data.positions.load_positions", watched)
+    monkeypatch.setattr("objectives.rpt.load_positions", watched)
+    run_here(*line.format(corpus=corpus.folder, base=base, out=tmp_path / "out").split())
+    fits = answerable(Tokenizer.load(base))
+    assert len(asked) > 20 and fits[corpus.tokens[[t for t, _, _ in asked]]].all()
+    assert (~fits[corpus.tokens]).sum() > 200
+
+
 def test_in_plain_text_every_position_has_a_context(tokenizer, base, tmp_path):
     texts = [("", "The digit is even, namely zero."), ("", "Problem: three")]
     corpus = write_corpus(texts, tokenizer, tmp_path / "corpus")
