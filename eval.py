@@ -465,5 +465,5 @@ if __name__ == "__main__":
     fits = answerable(Tokenizer.load(args.checkpoints[0]))
     positions, splits = choose_positions(corpus, scores, args.positions, args.seed, fits)
     results = read_beside(args.beside, splits, args.seed) if args.beside else []
-    evaluate_each(evaluate, print_table, f"{len(positions)} held-out positions",
-                  (corpus, positions, splits), args, results)
+    what = f"{len(positions)} held-out positions, shared by the splits"
+    evaluate_each(evaluate, print_table, what, (corpus, positions, splits), args, results)

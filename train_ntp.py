@@ -242,8 +242,10 @@ if __name__ == "__main__":
     run.open(model, optimizer)
     # A new run has no cursor, and neither has a checkpoint of an older version.
     run.cursor = lessons.cursor_at(run.step) | (run.cursor or {})
+    strings = sum(len(example.rollouts) for example in lessons.strings)
     parallel.print0(f"{parameters:,} parameters, {len(lessons.documents):,} documents, "
-                    f"{len(lessons.strings):,} strings, steps {run.step} to {args.steps}")
+                    f"{strings:,} strings for {len(lessons.strings):,} prompts, "
+                    f"steps {run.step} to {args.steps}")
 
     bar = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, desc="ntp",
                disable=parallel.NO_BAR)
