@@ -409,7 +409,7 @@ def test_strings_of_a_prompt_share_it_and_each_of_their_tokens_counts_the_same(c
     code, out, err = run_here("train_ntp.py", "--corpus", corpus.folder, "--init", base, "--strings", path,
                               "--documents-per-step", 0, "--strings-per-step", 3, "--steps", 1,
                               "--out-dir", tmp_path / "run")
-    assert (code, err) == (0, "") and " 3 strings, " in out
+    assert (code, err) == (0, "") and " 4 strings for 3 prompts, " in out
     model, losses = GPT.from_pretrained(base), []
     for prompt, responses in lines:
         for response in responses:
